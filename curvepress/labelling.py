@@ -1,0 +1,106 @@
+"""What a trace knows so far: the labels of every tensor's dimensions, the roles of weights, and the work they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from .algebra import Atoms, Labels, empty
+from .structure import Site
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a tensor: the labels of its indices and, for a dimension of the model's own tensors, which it is."""
+
+    labels: Labels
+    origin: Site | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any index may carry an atom."""
+        return bool(self.labels.shape[1])
+
+
+Dims = Sequence[Dim]
+
+
+def blank(shape: Iterable[int]) -> list[Dim]:
+    """Dimensions that are never cut: inputs, positions, constants."""
+    return [Dim(empty(n)) for n in shape]
+
+
+class Ledger:
+    """The state of a trace.  Operators' rules read and write it; see :mod:`curvepress.operators`."""
+
+    def __init__(self) -> None:
+        self.atoms = Atoms()
+        self.roles: dict[Site, str] = {}
+        self.positions: dict[str, int] = {}
+        self.products: dict[str, tuple[Dim, ...]] = {}
+        self._known: dict[int, tuple[Tensor, Dims]] = {}
+
+    def adopt(self, name: str, tensor: Tensor) -> None:
+        """Give every dimension of a tensor of the model fresh atoms."""
+        self.put(tensor, [Dim(self.atoms.new(n), (name, d)) for d, n in enumerate(tensor.shape)])
+
+    def put(self, tensor: Tensor, dims: Dims) -> None:
+        """Remember the dimensions of ``tensor``."""
+        if tuple(map(len, dims)) != tuple(tensor.shape):
+            raise AssertionError(f"a rule gave sizes {tuple(map(len, dims))} to a tensor of shape {tuple(tensor.shape)}")
+        self._known[id(tensor)] = (tensor, dims)  # the tensor itself keeps its id from being used again
+
+    def of(self, tensor: Tensor) -> Dims:
+        """The dimensions of ``tensor``; blank if no rule has spoken of it."""
+        return self._known[id(tensor)][1] if id(tensor) in self._known else blank(tensor.shape)
+
+    def same(self, a: Dim, b: Dim, why: str) -> Dim:
+        """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""
+        if len(a) != len(b) or (len(a) == 1 and not (a.labelled and b.labelled)):
+            return a if len(a) > len(b) or a.labelled else b
+        if a.labelled or b.labelled:
+            self.atoms.equate(a.labels, b.labels, why)
+        return a if a.labelled else b
+
+    def freeze(self, dims: Iterable[Dim], why: str) -> None:
+        """These dimensions may never be cut."""
+        for dim in dims:
+            if dim.labelled:
+                self.atoms.freeze(dim.labels, why)
+
+    def role(self, dim: Dim, role: str) -> None:
+        """Say what a dimension of a weight does; what makes channels outranks what reads them, and that what carries them."""
+        ranks = ("kernel", "along", "in", "out")
+        if dim.origin is not None and ranks.index(role) >= ranks.index(self.roles.get(dim.origin, "kernel")):
+            self.roles[dim.origin] = role
+
+    def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+        """A dimension seen as a box of ``sizes``."""
+        return [Dim(labels) for labels in self.atoms.factor(dim.labels, sizes)]
+
+    def work(self, a: Dims, b: Dims, repeats: int, op: str) -> None:
+        """Count ``repeats`` multiply-accumulates for each element of the outer product of the distinct dimensions ``a`` and ``b``.
+
+        Where ``a`` is exactly a weight of the model they are counted on it; otherwise on a product of activations.
+        """
+        owners = {d.origin[0] if d.origin else None for d in a}
+        if len(owners) == 1 and (name := owners.pop()) is not None:
+            self.positions[name] = self.positions.get(name, 0) + repeats * prod(map(len, b))
+            return
+        dims = tuple(d for d in (*a, *b) if d.labelled)
+        name = f"{op}#{len(self.products) + 1}"
+        self.products[name] = dims
+        self.positions[name] = repeats * prod(len(d) for d in (*a, *b) if not d.labelled)
+
+
+def lost_rows(atoms: Atoms, labels: Labels, gone: np.ndarray) -> np.ndarray:
+    """Which indices carry one of the atoms ``gone``: booleans ``[indices]``."""
+    resolved = atoms.resolve(labels)
+    return np.isin(resolved, gone).any(axis=1) if resolved.shape[1] else np.zeros(len(labels), dtype=bool)

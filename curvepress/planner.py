@@ -1,0 +1,145 @@
+"""From scores to a plan: one family of plans ordered by price, one budget, one bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import ceil
+
+import numpy as np
+
+from .cost import Cost, cost
+from .plan import Plan
+from .scores import Scores
+from .structure import Group, Structure
+
+Budget = Callable[[Cost, Cost], bool]
+"""``(cost of a plan, cost of the whole model) -> does it fit``; any function will do."""
+
+PER = ("channel", "params", "bytes", "macs")
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """The usual budget: an upper limit on some of the costs, as a share of the whole model or absolute."""
+
+    limits: Mapping[str, float]
+
+    def __call__(self, now: Cost, whole: Cost) -> bool:
+        return all(getattr(now, k) <= limit for k, limit in self.absolute(whole).items())
+
+    def absolute(self, whole: Cost) -> dict[str, float]:
+        """The limits in units of the cost."""
+        return {k: v * getattr(whole, k) if isinstance(v, float) and v <= 1 else v for k, v in self.limits.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} at most {v:.4g}" + (" of the original" if isinstance(v, float) and v <= 1 else "") for k, v in self.limits.items())
+
+
+def at_most(**limits: float) -> AtMost:
+    """A budget of ``params``, ``bytes`` and ``macs``: a float up to 1 is a share of the whole model, anything else absolute.
+
+    Raises:
+        ValueError: if a name is not a cost, a limit is not positive, or there is none.
+    """
+    names = [f.name for f in fields(Cost)]
+    for name, limit in limits.items():
+        if name not in names:
+            raise ValueError(f"at_most({name}={limit}): the costs are {', '.join(names)}")
+        if not limit > 0:
+            raise ValueError(f"at_most({name}={limit}) must be positive: a share such as 0.5, or an absolute number")
+    if not limits:
+        raise ValueError(f"at_most() needs a limit; give one or more of {', '.join(names)}, such as params=0.5")
+    return AtMost(limits)
+
+
+def search(
+    structure: Structure,
+    scores: Scores,
+    budget: Budget,
+    *,
+    per: str = "channel",
+    multiple: int = 1,
+    floor: float = 0.05,
+) -> Plan:
+    """The gentlest plan that fits the budget: every channel worth less than one price goes, and the price is bisected.
+
+    Args:
+        per: what a channel's score is divided by to make its worth: nothing (``channel``), or the ``params``, ``bytes`` or
+            ``macs`` that its removal alone would save (the Lagrangian of that budget).
+        multiple: widths are rounded up to multiples of this, as far as the group is wide.
+        floor: the least share of a group's channels that stays; at least one does.
+
+    Raises:
+        ValueError: if no plan fits; the message has the smallest cost that can be reached.
+    """
+    if per not in PER or multiple < 1 or not 0 <= floor <= 1:
+        raise ValueError(f"search needs per in {PER}, multiple >= 1 and floor in [0, 1]; got {per!r}, {multiple} and {floor}")
+    worth = worths(structure, scores, per)
+    prices = np.unique(np.concatenate([np.zeros(0), *worth.values()]))
+
+    def family(step: int) -> Plan:
+        return prune(structure, worth, prices[step - 1] if step else -np.inf, multiple=multiple, floor=floor)
+
+    return cheapest(family, len(prices), budget)
+
+
+def worths(structure: Structure, scores: Scores, per: str) -> dict[str, np.ndarray]:
+    """Every channel's score, divided by what removing one channel of its group saves."""
+    whole, worth = cost(Plan(structure)), {}
+    for group in structure.free:
+        if group.name not in scores.values or len(scores.values[group.name]) != group.size:
+            raise ValueError(f"the scores say nothing about group {group.name!r} of {group.size} channels; were they made for another model?")
+        saved = 1 if per == "channel" else getattr(whole, per) - getattr(cost(Plan(structure, {group.name: tuple(range(1, group.size))})), per)
+        worth[group.name] = scores.values[group.name] / max(saved, 1)
+    return worth
+
+
+def prune(structure: Structure, worth: Mapping[str, np.ndarray], price: float, *, multiple: int, floor: float) -> Plan:
+    """Keep the channels worth more than ``price``, but never fewer than the floor, in widths of the multiple."""
+    keep = {}
+    for group in structure.free:
+        width = _width(group, int((worth[group.name] > price).sum()), multiple, floor)
+        best = np.argsort(-worth[group.name], kind="stable")[:width]
+        keep[group.name] = tuple(np.sort(best).tolist())
+    return Plan(structure, keep)
+
+
+def _width(group: Group, wanted: int, multiple: int, floor: float) -> int:
+    least = max(wanted, ceil(floor * group.size), 1)
+    return min(ceil(least / multiple) * multiple, group.size)
+
+
+def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget) -> Plan:
+    """The first plan of ``family(0) ... family(steps)`` that fits; the family must only shrink.
+
+    Raises:
+        ValueError: if even the last does not fit.
+    """
+    whole = cost(Plan(family(0).structure))
+    if not budget(smallest := cost(family(steps)), whole):
+        raise ValueError(
+            f"no plan fits the budget ({_described(budget)}): the smallest this model can be made is {smallest.params:,} parameters "
+            f"({smallest.params / whole.params:.1%}), {smallest.bytes:,} bytes ({smallest.bytes / whole.bytes:.1%}), {smallest.macs:,} "
+            f"multiply-accumulates ({smallest.macs / max(whole.macs, 1):.1%}); allow more, or lower the floor or the multiple"
+        )
+    low, high = -1, steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if budget(cost(family(middle)), whole) else (middle, high)
+    return family(high)
+
+
+def _described(budget: Budget) -> str:
+    return str(budget) if isinstance(budget, AtMost) else getattr(budget, "__name__", "the given function")
+
+
+def frontier(structure: Structure, scores: Scores, shares: Sequence[float], **options: object) -> list[Plan]:
+    """The plans for falling shares of the parameters, as far down as they can be reached."""
+    plans = []
+    for share in shares:
+        try:
+            plans.append(search(structure, scores, at_most(params=float(share)), **options))
+        except ValueError:
+            break
+    return plans

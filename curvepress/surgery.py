@@ -1,0 +1,146 @@
+"""The one place where a model changes shape."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .masking import masked_output
+from .plan import Plan, edits
+from .rewriting import rewrite
+from .structure import InputSpec
+from .tracing import model_tensors, quiet_evaluation
+
+log = logging.getLogger("curvepress")
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest accepted difference from the masked original, relative to its largest output; 2e-2 for half precision."""
+
+
+def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
+    """A copy of ``model`` without the channels the plan removes, verified against the masked original.
+
+    The given model is left alone and surviving tensors keep their names.  The result is an ordinary copy of the module
+    where its code follows its tensors' shapes.  Where the code holds constants (a reshape to a fixed width, a padded
+    shortcut), it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which one and why is logged.
+
+    Args:
+        example: inputs to verify on; without them random inputs of the shapes the structure was traced with.
+
+    Raises:
+        ValueError: if the plan is for another model, or if no form of the result computes what the masked original does.
+    """
+    _check(model, plan)
+    if not plan.keep:
+        return copy.deepcopy(model)
+    example = example or synthetic(plan.structure.inputs)
+    wanted = masked_output(model, plan, example)
+    small = sliced(model, plan)
+    trouble = _disagreement(small, example, wanted)
+    if not trouble:
+        return small
+    graph = rewrite(model, plan, example)
+    if still := _disagreement(graph, example, wanted):
+        raise ValueError(f"the plan cannot be applied: sliced in place the model {trouble}; rewritten as a graph it {still}")
+    log.info("the result is a graph module, as the model's own code holds constants: sliced in place it %s", trouble)
+    return graph
+
+
+def synthetic(inputs: tuple[InputSpec, ...], seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the traced shapes: normal for floating point, uniform below the traced bound for integers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(spec: InputSpec) -> Tensor:
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(spec.shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randint(max(spec.high, 1), spec.shape, generator=generator).to(dtype)
+
+    return tuple(map(one, inputs))
+
+
+def sliced(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy with tensors sliced and the widths that known layers repeat as attributes mended; not verified."""
+    small = copy.deepcopy(model)
+    tensors, stay = model_tensors(small), edits(plan)
+    names = {id(t): n for n, t in tensors.items()}
+    new = {n: _narrowed(t, {d: stay[n, d] for d in range(t.ndim) if (n, d) in stay}) for n, t in tensors.items()}
+    for module in small.modules():
+        own = {k: names[id(t)] for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+        if any(new[n] is not tensors[n] for n in own.values()):
+            _mend(module, {k: stay.get((n, 0)) for k, n in own.items()}, {k: new[n] for k, n in own.items()})
+        for key, name in own.items():
+            setattr(module, key, new[name])
+    return small
+
+
+def _narrowed(tensor: Tensor, cuts: Mapping[int, np.ndarray]) -> Tensor:
+    if not cuts:
+        return tensor
+    data = tensor.detach()
+    for dim, rows in cuts.items():
+        data = data.index_select(dim, torch.as_tensor(rows, device=data.device))
+    data = data.contiguous(memory_format=torch.preserve_format)
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _mend(module: nn.Module, rows: Mapping[str, np.ndarray | None], new: Mapping[str, Tensor]) -> None:
+    """Set the attributes that repeat a width which a tensor already has."""
+    weight = new.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = _groups_left(module.weight.shape[0], module.groups, rows["weight"])
+        first, second = weight.shape[0], weight.shape[1] * groups
+        outer, inner = (second, first) if module.transposed else (first, second)
+        module.out_channels, module.in_channels, module.groups = outer, inner, groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len(next(t for t in new.values() if t.ndim))
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = _groups_left(module.num_channels, module.num_groups, rows["weight"])
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+
+
+def _groups_left(size: int, groups: int, rows: np.ndarray | None) -> int:
+    return groups if rows is None else len(np.unique(rows // (size // groups)))
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    tensors = {n: tuple(t.shape) for n, t in model_tensors(model).items()}
+    for name, spec in plan.structure.tensors.items():
+        if spec.kind != "activation" and tensors.get(name) != spec.shape:
+            raise ValueError(f"this plan is for another model: it has {name} of shape {spec.shape}, this model {tensors.get(name, 'no such tensor')}")
+
+
+def _disagreement(model: nn.Module, example: tuple[Any, ...], wanted: Any) -> str:
+    """How the model's output differs from the wanted one; empty if it does not."""
+    try:
+        with torch.no_grad(), quiet_evaluation(model):
+            got = model(*example)
+    except Exception as error:
+        return f"fails with {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
+    if len(_tensors(got)) != len(_tensors(wanted)) or any(a.shape != b.shape for a, b in pairs):
+        return f"gives outputs of shape {[tuple(t.shape) for t in _tensors(got)]}, not {[tuple(t.shape) for t in _tensors(wanted)]}"
+    for a, b in pairs:
+        scale = float(b.abs().max()) if b.numel() else 0.0
+        error = float((a - b).abs().max()) if b.numel() else 0.0
+        if not error <= TOLERANCE.get(b.dtype, 2e-2) * max(scale, 1e-6):
+            return f"differs from the masked original by {error:.2g} where its largest output is {scale:.2g}"
+    return ""
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
