@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the README.  They are not tests: nothing here runs in CI."""

@@ -1,0 +1,170 @@
+"""CIFAR-10: accuracy after pruning and after the same fine-tunes, for every score and for Torch-Pruning.
+
+    python -m benchmarks.cifar10 measure --depth 20 --seeds 0 1 --shares 0.5 0.3     # resumes; hours on one core
+    python -m benchmarks.cifar10 latency                                            # minutes; leave the machine alone
+    python -m benchmarks.cifar10 table                                              # prints the README's table
+
+Figures are of the test images, which no choice looks at.  The budget is a share of the parameters; multiply-accumulates and
+latency are what comes with it.  Needs the data of the recipe ``cifar10`` (``CURVEPRESS_DATA``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import peer, records
+from curvepress.cost import cost
+from curvepress.export import compare_latency, to_onnx
+from curvepress.plan import Plan
+from curvepress.planner import at_most, search
+from curvepress.scores import score
+from curvepress.surgery import apply
+from curvepress.tracing import trace
+from curvepress.training import fit, reestimate
+from curvepress_recipes import cifar10 as recipe
+
+HERE = Path(__file__).parent / "results"
+FILE, MODELS = HERE / "cifar10.jsonl", Path("runs/benchmarks/cifar10")
+METHODS = ("random", "magnitude", "taylor", "hessian_trace")
+PEER = "torch-pruning"
+EPOCHS = (0, 1, 3)
+SAMPLES, PROBES = 48, 2
+
+
+def measure(depth: int, seeds: list[int], shares: list[float], methods: list[str]) -> None:
+    """Prune, re-estimate, fine-tune and test whatever has no record yet."""
+    model = recipe.model(depth=depth)
+    records.once(FILE, {"depth": depth, "method": "original"}, lambda: _tested(model) | _sizes(model))
+    if PEER in methods:
+        note = {"depth": depth, "method": PEER, "whole_network": True}
+        print(records.once(FILE, note, lambda: {"failure": peer.failure(model, recipe.example())})["failure"])
+    for seed in seeds:
+        for share in shares:
+            for method in methods:
+                key = {"depth": depth, "seed": seed, "share": share, "method": method}
+                missing = [e for e in EPOCHS if not _done({**key, "epochs": e})]
+                if missing:
+                    _row(model, key, missing)
+
+
+def _done(key: dict[str, Any]) -> bool:
+    return any(all(r.get(k) == v for k, v in key.items()) for r in records.read(FILE))
+
+
+def _row(model: nn.Module, key: dict[str, Any], missing: list[int]) -> None:
+    start = time.process_time()
+    small = _smaller(model, key)
+    spent = {"prune_cpu_seconds": time.process_time() - start}
+    path = MODELS / f"resnet{key['depth']}-{key['method']}-{key['share']}-{key['seed']}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_onnx(small, recipe.example(), path)
+    small = reestimate(small, recipe.batches("calibration", seed=key["seed"]), examples=2048)
+    for epochs in missing:
+        record = records.once(FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key["seed"], epochs) | _sizes(small) | spent)
+        print({k: record[k] for k in ("depth", "seed", "share", "method", "epochs", "accuracy", "params", "macs")}, flush=True)
+
+
+def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
+    example = recipe.example()
+    if key["method"] == PEER:
+        return peer.prune(model, example, key["share"])
+    structure = trace(model, example)
+    batches = recipe.batches("calibration", seed=key["seed"])
+    scores = score(model, recipe.loss, batches, structure, method=key["method"], samples=SAMPLES, probes=PROBES, seed=key["seed"])
+    return apply(model, search(structure, scores, at_most(params=key["share"])), example)
+
+
+def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:
+    start = time.process_time()
+    if epochs:
+        small = fit(small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, seed=seed).model
+    return _tested(small) | {"tune_cpu_seconds": time.process_time() - start}
+
+
+def _tested(model: nn.Module) -> dict[str, float]:
+    return recipe.evaluate(model, "test")
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    return vars(cost(Plan(trace(model, recipe.example()))))
+
+
+def latency() -> None:
+    """Every exported network against the original of its depth, interleaved in one process, on one thread."""
+    for path in sorted(MODELS.glob("resnet*-*-*-*.onnx")):
+        depth = path.name.partition("-")[0]
+        original = MODELS / f"{depth}.onnx"
+        if not original.exists():
+            to_onnx(recipe.model(depth=int(depth.removeprefix("resnet"))), recipe.example(), original)
+        records.once(HERE / "cifar10_latency.jsonl", {"model": path.stem}, partial(_raced, original, path))
+        print(path.stem, flush=True)
+
+
+def _raced(original: Path, small: Path) -> dict[str, Any]:
+    timings = compare_latency({"original": original, "small": small}, recipe.example().numpy(), seconds=6.0)
+    return {f"batch{t.batch}": t.ratio.median for t in timings if t.name == "small"} | {
+        f"batch{t.batch}_quartiles": [t.ratio.low, t.ratio.high] for t in timings if t.name == "small"
+    }
+
+
+def table() -> None:
+    """Print the table in Markdown: means over seeds, and half the spread where there are several."""
+    rows = records.read(FILE)
+    speeds = {r["model"]: r for r in records.read(HERE / "cifar10_latency.jsonl")}
+    for depth in sorted({r["depth"] for r in rows}):
+        whole = next(r for r in rows if r["depth"] == depth and r["method"] == "original")
+        print(f"\nResNet-{depth}: {whole['accuracy']:.2f} %, {whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M multiply-accumulates\n")
+        print("| parameters | score | seeds | after pruning | 1 epoch | 3 epochs | MACs | latency, batch 1 | batch 64 |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        keys = sorted({(r["share"], r["method"]) for r in rows if r["depth"] == depth and "share" in r}, key=lambda k: (-k[0], _order(k[1])))
+        for share, method in keys:
+            print(_line([r for r in rows if (r["depth"], r.get("share"), r["method"]) == (depth, share, method)], whole, speeds))
+
+
+def _order(method: str) -> int:
+    return (*METHODS, PEER).index(method)
+
+
+def _line(rows: list[records.Record], whole: records.Record, speeds: dict[str, records.Record]) -> str:
+    first, seeds = rows[0], sorted({r["seed"] for r in rows})
+    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in EPOCHS]
+    raced = [speeds.get(f"resnet{first['depth']}-{first['method']}-{first['share']}-{s}") for s in seeds]
+    times = [_spread([r[f"batch{b}"] for r in raced if r], "{:.2f}") for b in (1, 64)]
+    macs = mean(r["macs"] for r in rows) / whole["macs"]
+    params = mean(r["params"] for r in rows) / whole["params"]
+    return " | ".join(["", f"{params:.1%}", first["method"], str(len(seeds)), *accuracies, f"{macs:.2f}", *times, ""]).strip()
+
+
+def _spread(values: list[float], form: str = "{:.2f}") -> str:
+    if not values:
+        return "–"
+    half = (max(values) - min(values)) / 2
+    return form.format(mean(values)) + (f" ± {form.format(half)}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "latency", "table"))
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, PEER])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "measure":
+        measure(options.depth, options.seeds, options.shares, options.methods)
+    else:
+        {"latency": latency, "table": table}[options.what]()
+
+
+if __name__ == "__main__":
+    main()
