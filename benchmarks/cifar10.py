@@ -85,7 +85,7 @@ def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
 def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:
     start = time.process_time()
     if epochs:
-        small = fit(small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, seed=seed).model
+        small = fit(small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, precision="bfloat16", seed=seed).model
     return _tested(small) | {"tune_cpu_seconds": time.process_time() - start}
 
 

@@ -1,1 +1,24 @@
-"""curvepress."""
+"""curvepress: make trained networks smaller and faster, guided by the curvature of their loss.
+
+    structure = trace(model, x)                                       # which dimensions must change together
+    scores    = score(model, loss, batches, structure)                # what removing each channel is predicted to cost
+    plan      = search(structure, scores, at_most(params=0.5))        # the gentlest plan that fits the budget
+    small     = fit(apply(model, plan), loss, train, epochs=3, lr=0.01).model
+    save(small, "small.safetensors")                                  # and back: restore(fresh_model, plan, "small.safetensors")
+"""
+
+from .artifacts import restore, save
+from .cost import Cost, cost
+from .export import to_onnx
+from .plan import Plan
+from .planner import at_most, search
+from .scores import Scores, score
+from .structure import Structure
+from .surgery import apply
+from .tracing import trace
+from .training import fit, reestimate
+
+__all__ = [
+    "Cost", "Plan", "Scores", "Structure",
+    "apply", "at_most", "cost", "fit", "reestimate", "restore", "save", "score", "search", "to_onnx", "trace",
+]  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Batch = tuple[Any, Any]
 """``(inputs, targets)``; ``inputs`` is a tensor or a tuple of tensors, the first dimension counts examples."""
@@ -15,7 +15,7 @@ Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[Batch]
 
 
-def output(model: nn.Module, batch: Batch) -> Any:
+def output(model: Callable[..., Any], batch: Batch) -> Any:
     """What ``model`` computes for the inputs of ``batch``."""
     inputs, _ = batch
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
@@ -27,7 +27,7 @@ def batch_size(batch: Batch) -> int:
     return len(inputs[0] if isinstance(inputs, (tuple, list)) else inputs)
 
 
-def batch_loss(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
+def batch_loss(model: Callable[..., Any], loss: Loss, batch: Batch) -> Tensor:
     """The loss of ``model`` on ``batch``, a finite scalar.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted difference from the masked original, relative to its largest output; 2e-2 for half precision."""
 
 
+@dataclass(frozen=True)
+class Applied:
+    """A smaller model; ``form`` is ``module`` or ``graph``, and ``reason`` is why slicing the module was not enough."""
+
+    model: nn.Module
+    form: str
+    reason: str = ""
+
+
 def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
     """A copy of ``model`` without the channels the plan removes, verified against the masked original.
 
@@ -36,20 +46,27 @@ def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
     Raises:
         ValueError: if the plan is for another model, or if no form of the result computes what the masked original does.
     """
+    made = applied(model, plan, *example)
+    if made.form == "graph":
+        log.info("the result is a graph module, as the model's own code holds constants: sliced in place it %s", made.reason)
+    return made.model
+
+
+def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
+    """What :func:`apply` returns, with its form and the reason for it."""
     _check(model, plan)
     if not plan.keep:
-        return copy.deepcopy(model)
+        return Applied(copy.deepcopy(model), "module")
     example = example or synthetic(plan.structure.inputs)
     wanted = masked_output(model, plan, example)
     small = sliced(model, plan)
     trouble = _disagreement(small, example, wanted)
     if not trouble:
-        return small
+        return Applied(small, "module")
     graph = rewrite(model, plan, example)
     if still := _disagreement(graph, example, wanted):
         raise ValueError(f"the plan cannot be applied: sliced in place the model {trouble}; rewritten as a graph it {still}")
-    log.info("the result is a graph module, as the model's own code holds constants: sliced in place it %s", trouble)
-    return graph
+    return Applied(graph, "graph", trouble)
 
 
 def synthetic(inputs: tuple[InputSpec, ...], seed: int = 0) -> tuple[Tensor, ...]:

@@ -51,11 +51,7 @@ def _leaves(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _loss_at(model: nn.Module, loss: Loss, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-    class _Bound(nn.Module):
-        def forward(self, *inputs: Tensor) -> object:
-            return functional_call(model, parameters, inputs)
-
-    return batch_loss(_Bound(), loss, batch)
+    return batch_loss(lambda *inputs: functional_call(model, parameters, inputs), loss, batch)
 
 
 def _filled(parameters: dict[str, Tensor], values: Sequence[Tensor | None]) -> dict[str, Tensor]:

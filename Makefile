@@ -1,0 +1,57 @@
+# make demo, make test, make check: all a fresh machine needs is Python 3.11 or newer and make.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --constraint constraints.txt
+
+# The stamp is written last and names this folder. An environment without it was interrupted; one that names another
+# folder was moved; one whose Python is gone or replaced does not find torch. All three are made anew.
+SOUND := $(shell test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" && cd / && "$(CURDIR)/$(BIN)/python" -I -c \
+	'import importlib.util as u; print("yes" if all(map(u.find_spec, ("torch", "curvepress"))) else "")' 2>/dev/null)
+
+.PHONY: help demo test check format clean anew
+help:
+	@echo 'make demo     compress the model of handwritten digits to half its parameters; results in runs/digits'
+	@echo 'make test     run the tests'
+	@echo 'make check    style, types, sizes of functions and files'
+	@echo 'make format   let ruff mend style and layout'
+	@echo 'make clean    remove the environment, builds and caches'
+	@echo 'The first of them makes $(VENV) (PYTHON=... chooses the interpreter) and installs what is needed.'
+
+demo: $(STAMP)
+	$(BIN)/curvepress compress digits --params 0.5 --out runs/digits
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python scripts/house.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and alone: its wheel is chosen by the machine's own pip configuration.
+$(STAMP): pyproject.toml constraints.txt $(if $(SOUND),,anew)
+	@rm -f $@
+	@echo 'installing torch $(TORCH) (a large wheel: minutes, the first time)'
+	@$(PIP) torch==$(TORCH)
+	@echo 'installing curvepress and what it needs'
+	@$(PIP) --editable '.[cifar10,bench,dev]'
+	@cd / && '$(CURDIR)/$(BIN)/python' -I -c 'import curvepress, torch'
+	@echo '$(CURDIR)' > $@
+
+anew:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'curvepress needs Python 3.11 or newer and $(PYTHON) is not; name one that is: make PYTHON=python3.12 ...'; exit 1; }
+	@echo 'making $(VENV) with' "$$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)

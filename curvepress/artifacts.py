@@ -1,0 +1,129 @@
+"""Scores, structures and models as files: safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .files import write_bytes, write_text
+from .plan import Plan, dumps
+from .scores import Scores
+from .structure import Structure, structure_from_dict, structure_to_dict
+from .surgery import apply
+from .tracing import model_tensors
+
+MODEL = "curvepress model"
+SCORES = {"format": "curvepress scores", "version": 1}
+STRUCTURE = {"format": "curvepress structure", "version": 1}
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the model's parameters and stored buffers to a safetensors file, tied ones once, under their own names."""
+    content = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in _stored(model).items()}, {"format": MODEL})
+    write_bytes(Path(path), content)
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """The given model, filled with the tensors of a file that :func:`save` wrote.
+
+    Raises:
+        ValueError: if the file is damaged or foreign, or its tensors are not those of the model.
+    """
+    tensors, own = _read_tensors(Path(path), MODEL), _stored(model)
+    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape or tensors[n].dtype != own[n].dtype]
+    extra = [n for n in tensors if n not in own]
+    if wrong or extra:
+        seen = f"; {wrong[0]} is {_look(tensors.get(wrong[0]))} in the file and {_look(own[wrong[0]])} in the model" if wrong else ""
+        raise ValueError(f"{path} holds another model: {len(wrong)} tensors do not fit and {len(extra)} are unknown{seen}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model
+
+
+def restore(model: nn.Module, plan: Plan, path: str | Path, *example: Any) -> nn.Module:
+    """A compressed model: ``plan`` applied to a freshly built ``model``, filled with the tensors at ``path``, in evaluation mode.
+
+    Raises:
+        ValueError: if the plan is for another model, or the file does not hold its result.
+    """
+    return load(apply(model, plan, *example), path).eval()
+
+
+def save_structure(structure: Structure, path: Path) -> None:
+    """Write a structure as JSON."""
+    write_text(path, dumps({**STRUCTURE, **structure_to_dict(structure)}))
+
+
+def load_structure(path: Path) -> Structure:
+    """Read what :func:`save_structure` wrote."""
+    return structure_from_dict(read_json(path, STRUCTURE))
+
+
+def save_scores(scores: Scores, folder: Path) -> None:
+    """Write ``scores.safetensors`` (values and standard errors by group) and ``scores.json`` (how they were made)."""
+    tensors = {f"{part}/{g}": v for part in ("values", "stderr") for g, v in getattr(scores, part).items()}
+    about = {k: getattr(scores, k) for k in ("method", "unit", "samples", "seed")}
+    write_bytes(folder / "scores.safetensors", safetensors.numpy.save(tensors, {"format": SCORES["format"]}))
+    write_text(folder / "scores.json", dumps({**SCORES, **about, "groups": list(scores.values)}))
+
+
+def load_scores(folder: Path) -> Scores:
+    """Read what :func:`save_scores` wrote.
+
+    Raises:
+        ValueError: if a file is missing, damaged or foreign.
+    """
+    about = read_json(folder / "scores.json", SCORES)
+    tensors = _read_tensors(folder / "scores.safetensors", SCORES["format"])
+    try:
+        values, stderr = ({g: tensors[f"{part}/{g}"].numpy() for g in about["groups"]} for part in ("values", "stderr"))
+        return Scores(values, stderr, about["method"], about["unit"], about["samples"], about["seed"])
+    except KeyError as error:
+        raise ValueError(f"the scores in {folder} are damaged: {error} is missing; make them again with `curvepress score`") from None
+
+
+def read_json(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object that carries the ``expected`` entries, without them.
+
+    Raises:
+        ValueError: if the file is missing, damaged or foreign.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; run the stage that makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and run the stage that makes it") from None
+    if not isinstance(data, dict) or any(data.get(k) != v for k, v in expected.items()):
+        seen = {k: data.get(k) for k in expected} if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path} is not what is wanted here: expected {expected}, found {seen}")
+    return {k: v for k, v in data.items() if k not in expected}
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    stored = model.state_dict().keys()
+    return {n: t for n, t in model_tensors(model).items() if n in stored}
+
+
+def _read_tensors(path: Path, form: Any) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run the stage that makes it")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != form:
+                raise ValueError(f"{path} was not written as a {form}: its format is {(file.metadata() or {}).get('format')!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}; delete it and run the stage that makes it") from None
+
+
+def _look(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -1,0 +1,407 @@
+"""Changing the values of the weights: gradients (recovery, distillation) and batch statistics read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sized
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .objective import Batch, Batches, Loss, batch_loss, batch_size, output
+
+VERSION = 1
+OPTIMIZERS = ("sgd", "adamw")
+STATE = "training.json"
+PRECISIONS = ("full", "bfloat16")
+SCHEDULES = ("cosine", "step", "constant")
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training batches, ``epoch`` counted from 1.
+
+    ``lr`` is the learning rate of its first step, ``loss`` the mean over its examples of what was minimised,
+    ``seconds`` its wall time with evaluation (not compared), ``metrics`` what ``evaluate`` returned after it.
+    """
+
+    epoch: int
+    lr: float
+    loss: float
+    seconds: float = field(compare=False)
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model in eval mode, and the record of every epoch."""
+
+    model: nn.Module
+    history: tuple[Epoch, ...]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    epochs: int
+    lr: float
+    optimizer: str
+    schedule: str
+    milestones: tuple[int, ...]
+    momentum: float
+    weight_decay: float
+    temperature: float
+    distill_weight: float
+    precision: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        rising, stepped = list(self.milestones) == sorted(set(self.milestones)), self.schedule == "step"
+        checks = {
+            "epochs": (isinstance(self.epochs, int) and self.epochs >= 0, "a whole number, 0 or more"),
+            "lr": (0 < self.lr < math.inf, "a positive number"),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "milestones": (rising and stepped == bool(self.milestones), "rising epochs, given for the step schedule and no other"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "temperature": (0 < self.temperature < math.inf, "a positive number"),
+            "distill_weight": (0 <= self.distill_weight <= 1, "in [0, 1]"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            "seed": (isinstance(self.seed, int) and self.seed >= 0, "a whole number, 0 or more"),
+        }
+        for name, (fine, allowed) in checks.items():
+            if not fine:
+                raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Callable[[int], Batches],
+    *,
+    epochs: int,
+    lr: float,
+    optimizer: str = "sgd",
+    schedule: str = "cosine",
+    milestones: tuple[int, ...] = (),
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    teacher: nn.Module | None = None,
+    temperature: float = 4.0,
+    distill_weight: float = 0.9,
+    precision: str = "full",
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    seed: int = 0,
+    checkpoints: Path | str | None = None,
+    progress: Callable[[Epoch], None] | None = None,
+) -> Fitted:
+    """A trained copy of ``model``, in eval mode, from its best epoch; ``model`` itself is untouched.
+
+    The best epoch is the one with the largest first metric of ``evaluate`` (of equal ones the earliest);
+    without ``evaluate`` it is the last.  The same call gives the same weights, bit for bit, also when it was
+    interrupted and continues from ``checkpoints``.  Parameters that do not require gradients stay as they are.
+
+    Args:
+        batches: from a seed to the batches of one epoch, on the model's device; called anew every epoch, with
+            a seed drawn from ``(seed, epoch)``.  Where they have no length, the cosine schedule counts them first.
+        optimizer: ``sgd`` with Nesterov ``momentum``, or ``adamw``, whose first beta ``momentum`` is.
+        schedule: ``cosine`` falls to zero over all steps, ``step`` divides ``lr`` by ten after each of the
+            ``milestones`` (numbers of finished epochs), ``constant`` does not change it.
+        teacher: a model whose softened predictions are learnt too (Hinton, Vinyals and Dean, 2015):
+            ``(1 - distill_weight) * loss + distill_weight * temperature² * KL(teacher || model)``.  Both models
+            must then return logits ``[examples, classes]``.
+        precision: ``full``, or ``bfloat16`` for automatic mixed precision: weights and their updates stay in full precision.
+        evaluate: metrics on a validation split; the first one counts, larger is better.
+        checkpoints: a folder where the state after each epoch is kept, for the same call to continue from.
+            The settings, the given model and the teacher must be the same; the data and the loss are taken to be.
+        progress: called with the record of each epoch once its checkpoint is written.
+
+    Raises:
+        ValueError: if an argument is out of range, the loss is not finite, or the checkpoint is damaged or of another call.
+    """
+    settings = _Settings(epochs, lr, optimizer, schedule, tuple(milestones), momentum, weight_decay, temperature, distill_weight, precision, seed)
+    if not callable(batches):
+        raise ValueError(f"batches must be a function of a seed that returns the batches of one epoch; got a {type(batches).__name__}")
+    student, guide = deepcopy(model), None if teacher is None else deepcopy(teacher).eval()
+    objective = loss if guide is None else _distilled(loss, settings)
+    run = _Run(settings, student, guide, objective, batches, evaluate, _optimizer(student, settings))
+    folder = None if checkpoints is None else Path(checkpoints)
+    identity = _identity(run, model, teacher)
+    history, best = _restore(folder, identity, run) if folder else ((), {})
+    with torch.random.fork_rng(devices=sorted({t.device.index for t in _tensors(model).values() if t.is_cuda})):
+        for done in range(len(history), epochs):
+            history = (*history, _epoch(run, done))
+            if evaluate and _best(history) == done:
+                best = _snapshot(run.model)
+            if folder:
+                _save(folder, identity, history, {"model": _snapshot(run.model), "best": best, "optimizer": _moments(run.descent)})
+            if progress:
+                progress(history[-1])
+    _assign(run.model, best)
+    return Fitted(run.model.eval(), history)
+
+
+@dataclass(frozen=True)
+class _Run:
+    settings: _Settings
+    model: nn.Module
+    teacher: nn.Module | None
+    objective: Loss
+    batches: Callable[[int], Batches]
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None
+    descent: torch.optim.Optimizer
+
+    @cached_property
+    def steps(self) -> int:
+        """The number of batches in the first epoch, gone through once."""
+        with torch.random.fork_rng(devices=[]):
+            return sum(1 for _ in self.batches(_epoch_seed(self.settings.seed, 0)))
+
+
+def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if not weights:
+        raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
+    nesterov = settings.momentum > 0
+    return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=nesterov)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big")
+
+
+def _epoch(run: _Run, done: int) -> Epoch:
+    """Train the run's model for the epoch after ``done`` epochs."""
+    start, seed = time.perf_counter(), _epoch_seed(run.settings.seed, done)
+    torch.manual_seed(seed)  # dropout repeats, so that no state of a generator needs to be stored
+    data = run.batches(seed)
+    steps = len(data) if isinstance(data, Sized) else run.steps if run.settings.schedule == "cosine" else 1
+    run.model.train()
+    total, examples = 0.0, 0
+    for step, batch in enumerate(data):
+        rate = _rate(run.settings, done, min(step / steps, 1.0))
+        try:
+            value = _descend(run, batch, rate)
+        except ValueError as error:
+            advice = (
+                "the steps before went well: try a smaller lr" if step or done else "no step went before: look at the model and the data"
+            )
+            raise ValueError(f"training stopped in epoch {done + 1}, step {step + 1}, at lr {rate:.3g}: {error}; {advice}") from error
+        total, examples = total + value * batch_size(batch), examples + batch_size(batch)
+    if not examples:
+        raise ValueError(f"epoch {done + 1} had no batches: batches(seed) must return a new, non-empty iterable at every call")
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise ValueError(f"the last step of epoch {done + 1} made weights that are not finite: try a smaller lr than {run.settings.lr:.3g}")
+    metrics = _metrics(run.evaluate, run.model.eval()) if run.evaluate else {}
+    return Epoch(done + 1, _rate(run.settings, done, 0.0), total / examples, time.perf_counter() - start, metrics)
+
+
+def _rate(settings: _Settings, done: int, fraction: float) -> float:
+    """The learning rate after ``done`` epochs and a ``fraction`` of the next."""
+    if settings.schedule == "cosine":
+        return settings.lr * (1 + math.cos(math.pi * (done + fraction) / settings.epochs)) / 2
+    return settings.lr * 0.1 ** sum(m <= done for m in settings.milestones)
+
+
+def _descend(run: _Run, batch: Batch, rate: float) -> float:
+    """The loss of ``batch``, one step down from which the model is moved."""
+    for group in run.descent.param_groups:
+        group["lr"] = rate
+    run.descent.zero_grad()
+    if run.teacher is not None:
+        with torch.no_grad():
+            batch = batch[0], (batch[1], output(run.teacher, batch))
+    device = next(run.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=run.settings.precision == "bfloat16"):
+        value = batch_loss(run.model, run.objective, batch)
+    value.backward()
+    run.descent.step()
+    return value.item()
+
+
+def _distilled(loss: Loss, settings: _Settings) -> Loss:
+    weight, temperature = settings.distill_weight, settings.temperature
+
+    def objective(predicted: Any, targets: tuple[Any, Any]) -> Tensor:
+        hard, soft = targets
+        if not isinstance(predicted, Tensor) or predicted.ndim != 2 or predicted.shape != soft.shape:
+            raise ValueError("distillation needs logits [examples, classes] from the model, and as many from the teacher")
+        student, teacher = F.log_softmax(predicted / temperature, 1), F.log_softmax(soft / temperature, 1)
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return (1 - weight) * loss(predicted, hard) + weight * temperature**2 * divergence
+
+    return objective
+
+
+def _metrics(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Module) -> dict[str, float]:
+    metrics = {name: float(value) for name, value in evaluate(model).items()}
+    if not metrics or not math.isfinite(next(iter(metrics.values()))):
+        raise ValueError(f"evaluate must return metrics of which the first is a finite number; got {metrics}")
+    return metrics
+
+
+def _best(history: tuple[Epoch, ...]) -> int:
+    return max(range(len(history)), key=lambda e: next(iter(history[e].metrics.values())))  # max takes the first of equals
+
+
+def _tensors(model: nn.Module) -> Tensors:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _snapshot(model: nn.Module) -> Tensors:
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in _tensors(model).items()}
+
+
+def _assign(model: nn.Module, values: Tensors) -> None:
+    own = _tensors(model)
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def _moments(descent: torch.optim.Optimizer) -> Tensors:
+    state = descent.state_dict()["state"]
+    return {f"{n}.{key}": t.contiguous() for n, moments in state.items() for key, t in moments.items() if isinstance(t, Tensor)}
+
+
+def _identity(run: _Run, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    """What must be equal for one call to continue another's work."""
+    beside = {"evaluate": run.evaluate is not None, "model": _digest(model), "teacher": _digest(teacher)}
+    return {**asdict(run.settings), "milestones": list(run.settings.milestones), **beside}
+
+
+def _digest(model: nn.Module | None) -> str:
+    digest = hashlib.sha256()
+    for name, t in _tensors(model).items() if model is not None else ():
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)} {t.requires_grad}".encode())
+        digest.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save(folder: Path, identity: dict[str, Any], history: tuple[Epoch, ...], tensors: dict[str, Tensors]) -> None:
+    """Write the tensors, then the JSON that names them, which is what makes the checkpoint; then drop older tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = safetensors.torch.save({f"{part}.{name}": t for part, values in tensors.items() for name, t in values.items()})
+    name = f"epoch-{len(history)}.safetensors"
+    state = {"version": VERSION, "call": identity, "history": [asdict(e) for e in history]}
+    _write(folder / name, stored)
+    _write(folder / STATE, json.dumps({**state, "tensors": name, "sha256": hashlib.sha256(stored).hexdigest()}, indent=1).encode())
+    for old in folder.glob("epoch-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _restore(folder: Path, identity: dict[str, Any], run: _Run) -> tuple[tuple[Epoch, ...], Tensors]:
+    """The history and the best tensors so far; the run's model and optimizer go back to where they were."""
+    if not (folder / STATE).exists():
+        return (), {}
+    made_by, history, parts = _read(folder)
+    differences = [f"{k}: {made_by.get(k)} there, {v} here" for k, v in identity.items() if made_by.get(k) != v]
+    if differences:
+        raise ValueError(f"the checkpoint in {folder} is of another call ({'; '.join(differences)}); repeat that one or use another folder")
+    _assign(run.model, parts["model"])
+    moments: dict[int, Tensors] = {}
+    for name, t in parts["optimizer"].items():
+        number, key = name.split(".", 1)
+        moments.setdefault(int(number), {})[key] = t
+    run.descent.load_state_dict({**run.descent.state_dict(), "state": moments})
+    return history, parts["best"]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], tuple[Epoch, ...], dict[str, Tensors]]:
+    try:
+        state = json.loads((folder / STATE).read_text())
+        if state["version"] != VERSION:
+            raise ValueError(f"version {state['version']} instead of {VERSION}")
+        stored = (folder / state["tensors"]).read_bytes()
+        if hashlib.sha256(stored).hexdigest() != state["sha256"]:
+            raise ValueError(f"{state['tensors']} is not what was written")
+        parts: dict[str, Tensors] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, t in safetensors.torch.load(stored).items():
+            part, key = name.split(".", 1)
+            parts[part][key] = t
+        return state["call"], tuple(Epoch(**e) for e in state["history"]), parts
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint in {folder} is damaged ({type(error).__name__}: {error}); delete it to start again") from error
+
+
+def reestimate(model: nn.Module, batches: Batches, *, examples: int = 2048) -> nn.Module:
+    """A copy of ``model`` whose batch-normalisation statistics are those of ``batches``, as its weights now make them.
+
+    Every running mean and (unbiased) variance becomes the average of the batches' own, weighted by their sizes;
+    meanwhile layers normalise by the batch, as in training, and dropout is off.  All else stays: weights, modes,
+    counters.  Layers are found by the operator they call, so graph modules are served like others.
+
+    Args:
+        examples: whole batches are taken until this many examples were seen, or all were.
+
+    Raises:
+        ValueError: if there are no batches or a layer sees one value per channel only.
+    """
+    if examples < 1:
+        raise ValueError(f"examples must be 1 or more; got {examples}")
+    copy, seen = deepcopy(model).eval(), 0
+    with torch.no_grad(), _Averaging():
+        for batch in batches:
+            output(copy, batch)
+            seen += batch_size(batch)
+            if seen >= examples:
+                break
+    if not seen:
+        raise ValueError("there were no batches to estimate the statistics on")
+    for mine, given in zip(copy.modules(), model.modules(), strict=True):
+        mine.training = given.training
+    return copy
+
+
+_ATEN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_ARGUMENTS = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    **dict.fromkeys((torch.batch_norm, torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default), _ATEN),
+}
+
+
+class _Averaging(TorchFunctionMode):
+    """Batch normalisation runs in training mode, with the momentum that makes its buffers averages over the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}  # examples, by the address of the running mean
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(_ARGUMENTS.get(func, ()), args, strict=False)) | (kwargs or {})
+        if func not in _ARGUMENTS and "batch_norm" in getattr(func, "__name__", ""):
+            raise ValueError(f"statistics cannot be re-estimated through {func}: give a model that calls aten.batch_norm")
+        if func not in _ARGUMENTS or given["running_mean"] is None:
+            return func(*args, **(kwargs or {}))
+        inputs, mean = given["input"], given["running_mean"]
+        if inputs.numel() == inputs.shape[1]:
+            raise ValueError(f"batch normalisation of inputs {tuple(inputs.shape)} sees one value per channel; use larger batches")
+        if mean.data_ptr() not in self.seen:
+            for buffer in (mean, given["running_var"]):
+                buffer.zero_()  # were it NaN, it would outlive a momentum of 1
+        examples = self.seen[mean.data_ptr()] = self.seen.get(mean.data_ptr(), 0) + len(inputs)
+        return func(**given | {"training": True, "momentum": len(inputs) / examples})
