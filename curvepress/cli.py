@@ -19,7 +19,7 @@ from rich.table import Table
 from . import report as reports
 from .artifacts import load_structure
 from .objective import batch_loss
-from .pipeline import STAGES, Desk, Outcome, costs, make_report, run_stage
+from .pipeline import STAGES, Desk, Outcome, costs, read_report, run_stage
 from .planner import PER
 from .recipe import Recipe, load_recipe
 from .runs import Run, create, open_run
@@ -64,7 +64,7 @@ BATCHES = (1, 64)
 @app.command()
 def compress(
     recipe: RecipeName, out: Out, params: Params = None, bytes: Bytes = None, macs: Macs = None, *, option: Options = None, data: Data = None,
-    method: Method = "hessian_trace", samples: Samples = 32, probes: Probes = 2, per: Per = "channel", multiple: Multiple = 1,
+    method: Method = "hessian_trace", samples: Samples = 32, probes: Probes = 4, per: Per = "channel", multiple: Multiple = 1,
     floor: Floor = 0.05, epochs: Epochs = None, lr: Lr = None, optimizer: Optimizer = None, schedule: Schedule = None,
     milestones: Milestones = None, weight_decay: WeightDecay = None, distill: Distill = None, precision: Precision = None,
     seed: Seed = 0, threads: Threads = 1, again: Annotated[bool, typer.Option(help="redo stages that were finished with other settings")] = False,
@@ -89,7 +89,7 @@ def compress(
         if stage == "score" and "report" not in run.stages:
             _estimate(Desk(run, task, lambda *_: None), settings)
         run = _stage(run, task, stage, settings[stage], again=again).run
-    _conclude(run, task)
+    _conclude(run)
 
 
 @app.command()
@@ -101,7 +101,7 @@ def trace(recipe: RecipeName, out: Out, option: Options = None, data: Data = Non
 
 
 @app.command()
-def score(folder: Folder, method: Method = "hessian_trace", samples: Samples = 32, probes: Probes = 2, seed: Seed = 0, threads: Threads = 1) -> None:
+def score(folder: Folder, method: Method = "hessian_trace", samples: Samples = 32, probes: Probes = 4, seed: Seed = 0, threads: Threads = 1) -> None:
     """Predict what removing each channel costs."""
     _single(folder, "score", {"method": method, "samples": samples, "probes": probes, "seed": seed}, threads)
 
@@ -142,8 +142,7 @@ def export(folder: Folder, threads: Threads = 1) -> None:
 @app.command()
 def report(folder: Folder) -> None:
     """Write the report: metrics.json and report.html."""
-    run = _single(folder, "report", {})
-    _conclude(run, load_recipe(run.recipe, run.options))
+    _conclude(_single(folder, "report", {}))
 
 
 def main() -> None:
@@ -262,9 +261,9 @@ def _sizes(run: Run) -> Table:
     return table
 
 
-def _conclude(run: Run, task: Recipe) -> None:
+def _conclude(run: Run) -> None:
     made = (run.folder / "report.html").resolve()
-    console.print(reports.text(make_report(Desk(run, task, lambda *_: None))), highlight=False, markup=False, soft_wrap=True)
+    console.print(reports.text(read_report(run)), highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {made}", highlight=False, soft_wrap=True)
 
 

@@ -6,11 +6,12 @@
     apply   ->  pruned.safetensors, pruned.json
     fit     ->  model.safetensors, history.json
     export  ->  original.onnx, model.onnx, latency.json
-    report  ->  metrics.json, report.html
+    report  ->  report.json, metrics.json, report.html
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,13 +203,19 @@ def _latency(before: Timing, after: Timing) -> reports.Latency:
 
 
 def _report(desk: Desk, settings: Settings) -> None:
-    report = make_report(desk)
-    write_text(desk.path("report.html"), reports.html(report))
+    report = _gathered(desk)
+    write_text(desk.path("report.json"), json.dumps(reports.to_dict(report)))
     write_text(desk.path("metrics.json"), dumps({**METRICS, **_metrics(report)}))
+    write_text(desk.path("report.html"), reports.html(report))
 
 
-def make_report(desk: Desk) -> reports.Report:
-    """The report of a finished run; the test split is looked at here, and only here."""
+def read_report(run: Run) -> reports.Report:
+    """The report of a finished run."""
+    return reports.from_dict(read_json(run.folder / "report.json", {}))
+
+
+def _gathered(desk: Desk) -> reports.Report:
+    """The report from the artifacts; the test split is looked at here, and only here."""
     recipe, plan, stages = desk.recipe, desk.plan(), desk.run.stages
     pruned, history = read_json(desk.path("pruned.json"), PRUNED), read_json(desk.path("history.json"), HISTORY)
     latency = read_json(desk.path("latency.json"), LATENCY)
@@ -263,7 +270,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "apply": ("pruned.safetensors", "pruned.json"),
     "fit": ("model.safetensors", "history.json"),
     "export": ("original.onnx", "model.onnx", "latency.json"),
-    "report": ("metrics.json", "report.html"),
+    "report": ("report.json", "metrics.json", "report.html"),
 }
 READS: Mapping[str, tuple[str, ...]] = {
     "trace": (),

@@ -55,7 +55,7 @@ def score(
     *,
     method: str = "hessian_trace",
     samples: int = 32,
-    probes: int = 2,
+    probes: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Scores:

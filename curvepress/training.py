@@ -134,7 +134,8 @@ def fit(
     Raises:
         ValueError: if an argument is out of range, the loss is not finite, or the checkpoint is damaged or of another call.
     """
-    settings = _Settings(epochs, lr, optimizer, schedule, tuple(milestones), momentum, weight_decay, temperature, distill_weight, precision, seed)
+    descent = epochs, lr, optimizer, schedule, tuple(milestones), momentum, weight_decay
+    settings = _Settings(*descent, temperature, distill_weight, precision, seed)
     if not callable(batches):
         raise ValueError(f"batches must be a function of a seed that returns the batches of one epoch; got a {type(batches).__name__}")
     student, guide = deepcopy(model), None if teacher is None else deepcopy(teacher).eval()
@@ -179,8 +180,7 @@ def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
         raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(weights, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
-    nesterov = settings.momentum > 0
-    return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=nesterov)
+    return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -200,9 +200,7 @@ def _epoch(run: _Run, done: int) -> Epoch:
         try:
             value = _descend(run, batch, rate)
         except ValueError as error:
-            advice = (
-                "the steps before went well: try a smaller lr" if step or done else "no step went before: look at the model and the data"
-            )
+            advice = "the steps before went well: try a smaller lr" if step or done else "it is the first: look at the model and the data"
             raise ValueError(f"training stopped in epoch {done + 1}, step {step + 1}, at lr {rate:.3g}: {error}; {advice}") from error
         total, examples = total + value * batch_size(batch), examples + batch_size(batch)
     if not examples:
@@ -339,10 +337,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], tuple[Epoch, ...], dict[str, Te
         stored = (folder / state["tensors"]).read_bytes()
         if hashlib.sha256(stored).hexdigest() != state["sha256"]:
             raise ValueError(f"{state['tensors']} is not what was written")
-        parts: dict[str, Tensors] = {"model": {}, "best": {}, "optimizer": {}}
-        for name, t in safetensors.torch.load(stored).items():
-            part, key = name.split(".", 1)
-            parts[part][key] = t
+        named = [(*name.split(".", 1), t) for name, t in safetensors.torch.load(stored).items()]
+        parts = {part: {key: t for p, key, t in named if p == part} for part in ("model", "best", "optimizer")}
         return state["call"], tuple(Epoch(**e) for e in state["history"]), parts
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the checkpoint in {folder} is damaged ({type(error).__name__}: {error}); delete it to start again") from error
@@ -354,9 +350,7 @@ def reestimate(model: nn.Module, batches: Batches, *, examples: int = 2048) -> n
     Every running mean and (unbiased) variance becomes the average of the batches' own, weighted by their sizes;
     meanwhile layers normalise by the batch, as in training, and dropout is off.  All else stays: weights, modes,
     counters.  Layers are found by the operator they call, so graph modules are served like others.
-
-    Args:
-        examples: whole batches are taken until this many examples were seen, or all were.
+    Whole batches are taken until ``examples`` were seen, or all were.
 
     Raises:
         ValueError: if there are no batches or a layer sees one value per channel only.

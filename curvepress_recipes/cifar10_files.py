@@ -130,7 +130,7 @@ def _npz(folder: Path, part: str) -> Part | None:
     if not path.exists():
         return None
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return Part(arrays[f"x_{part}"], arrays[f"y_{part}"].reshape(-1), path)
     except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} lacks arrays x_{part} and y_{part}, or is damaged ({error})") from None

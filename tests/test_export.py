@@ -193,6 +193,7 @@ def test_faster_only_beyond_the_spread(ratio: tuple[float, float, float], verdic
 
 
 def test_nothing_is_printed_by_a_fresh_process(tmp_path: Path) -> None:
-    program = f"import torch; from curvepress.export import to_onnx; to_onnx(torch.nn.Linear(2, 2), torch.ones(2, 2), {str(tmp_path / 'model.onnx')!r})"
+    path = str(tmp_path / "model.onnx")
+    program = f"import torch; from curvepress.export import to_onnx; to_onnx(torch.nn.Linear(2, 2), torch.ones(2, 2), {path!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
     assert (done.stdout, done.stderr) == ("", "")

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def scalar_steps(batches, **settings) -> list[float]:
 
     fitted = fit(model, loss, batches, momentum=0.0, weight_decay=0.0, **settings)
     seen.append(fitted.model.weight.item())
-    return [before - after for before, after in zip(seen, seen[1:], strict=False)]
+    return [before - after for before, after in pairwise(seen)]
 
 
 def ones(seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -215,6 +216,19 @@ def test_fit_is_the_plain_loop_of_torch(settings, optimizer):
     fitted = fit(model, F.cross_entropy, lambda seed: halves, epochs=1, lr=0.1, schedule="constant", weight_decay=0.01, **settings)
     assert equal(fitted.model, plain)
     assert fitted.history[0].loss == pytest.approx(sum(losses) / EXAMPLES)
+
+
+def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_in_full():
+    seen: list[torch.dtype] = []
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        seen.append(output.dtype)
+        return F.cross_entropy(output, targets)
+
+    fitted = fit(network(), loss, shuffled, epochs=1, lr=0.1, precision="bfloat16")
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in fitted.model.parameters()} == {torch.float32}
+    full = fit(network(), loss, shuffled, epochs=1, lr=0.1)
+    assert fitted.history[0].loss == pytest.approx(full.history[0].loss, rel=0.02) and not equal(fitted.model, full.model)
 
 
 def test_models_of_several_inputs_and_tied_weights_are_trained():
@@ -316,7 +330,9 @@ def test_an_interrupted_run_that_continues_is_bit_for_bit_the_uninterrupted_one(
 
 def test_the_best_model_survives_an_interruption(tmp_path):
     def run(batches, scores: list[int], **more):
-        return fit(network(), F.cross_entropy, batches, epochs=4, lr=0.1, schedule="constant", evaluate=lambda m: {"score": scores.pop(0)}, **more)
+        return fit(
+            network(), F.cross_entropy, batches, epochs=4, lr=0.1, schedule="constant", evaluate=lambda m: {"score": scores.pop(0)}, **more
+        )
 
     straight = run(shuffled, [5, 1, 2, 3])
     with pytest.raises(Broken):
@@ -362,6 +378,7 @@ def test_tied_weights_are_stored_and_read_back(tmp_path):
         ({"epochs": 5}, "epochs: 4 there, 5 here"),
         ({"seed": 8}, "seed: 7 there, 8 here"),
         ({"optimizer": "adamw"}, "optimizer: sgd there, adamw here"),
+        ({"precision": "bfloat16"}, "precision: full there, bfloat16 here"),
         ({"teacher": network()}, "teacher: "),
         ({"evaluate": None}, "evaluate: True there, False here"),
     ],
@@ -420,7 +437,8 @@ def test_a_checkpoint_without_its_tensors_or_of_another_version_is_refused(tmp_p
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epochs": -1}, {"epochs": 1.5}, {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"optimizer": "lbfgs"}, {"schedule": "linear"},
+        {"epochs": -1}, {"epochs": 1.5}, {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"optimizer": "lbfgs"},
+        {"schedule": "linear"}, {"precision": "half"},
         {"milestones": (1,)}, {"milestones": (2, 1), "schedule": "step"}, {"milestones": (), "schedule": "step"}, {"momentum": 1.0},
         {"weight_decay": -1.0}, {"temperature": 0.0}, {"distill_weight": 1.1}, {"seed": -1},
     ],
@@ -453,7 +471,7 @@ def test_metrics_that_cannot_choose_an_epoch_are_refused(metrics):
         fit(network(), F.cross_entropy, shuffled, epochs=1, lr=0.1, evaluate=lambda model: metrics)
 
 
-@pytest.mark.parametrize(("step", "told"), [(1, "epoch 1, step 1, .*no step went before"), (5, "epoch 2, step 2, .*try a smaller lr")])
+@pytest.mark.parametrize(("step", "told"), [(1, "epoch 1, step 1, .*it is the first"), (5, "epoch 2, step 2, .*try a smaller lr")])
 def test_a_loss_that_is_not_finite_stops_training_and_says_where(step, told):
     steps = []
 

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -191,10 +191,8 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
-    try:
+    with suppress(NotImplementedError):  # of an exported program's graph, which holds its mode
         model.eval()
-    except NotImplementedError:  # the graph of an exported program: its mode is part of the graph
-        pass
     try:
         yield
     finally:

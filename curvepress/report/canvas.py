@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ KEPT, GONE, LOST, FROZEN = "#1f6f8b", "#d3e0e6", "#d1622b", "#b4bbc3"
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", KEPT: "kept", GONE: "gone", LOST: "lost", FROZEN: "frozen"}
 """Each colour of the pictures and the name of the page's variable that stands in for it."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -89,9 +90,10 @@ def rows(names: Sequence[str], *, width: float = WIDTH, row: float = 13.5, botto
 def svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an SVG element of class ``name``: colours and fonts are the page's, ``label`` is read to the blind."""
     buffer = io.BytesIO()
+    canvas: Any = FigureCanvasSVG(figure)
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the reader's fonts draw it, not ours
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue().decode()
     for pattern, instead in CLEANING:
         text = pattern.sub(instead, text)

@@ -11,9 +11,9 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def count(n: float) -> str:
     """A number of things with three digits and a prefix: ``270 k``, ``1.02 M``."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(n) >= limit * 0.9995:
-            return f"{_three(n / (1e3 if unit == 'k' else limit))}{NBSP}{unit}"
+    for least, limit, unit in ((999.5e9, 1e12, "T"), (999.5e6, 1e9, "G"), (999.5e3, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(n) >= least:
+            return f"{_three(n / limit)}{NBSP}{unit}"
     return exact(n)
 
 
@@ -116,5 +116,6 @@ def shortened(name: str, length: int = 22) -> str:
 
 
 def _three(value: float) -> str:
+    value = float(f"{value:.3g}")
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(digits, 0)}f}"

@@ -161,13 +161,13 @@ def _are_many(groups: Sequence[Group]) -> bool:
 def _ranks(report: Report, groups: Sequence[Group]) -> list[np.ndarray]:
     """Rank of every channel's score among all channels, from 0 to 1."""
     values = np.concatenate([np.zeros(0), *(report.scores.values[g.name] for g in groups)])
-    rank = np.argsort(np.argsort(values)) / max(1, len(values) - 1)
+    rank: np.ndarray = np.argsort(np.argsort(values)) / max(1, len(values) - 1)
     return np.split(rank, np.cumsum([g.size for g in groups])[:-1]) if groups else []
 
 
-def _cells(columns: np.ndarray, row: int) -> np.ndarray:
+def _cells(columns: np.ndarray, row: int) -> list[np.ndarray]:
     corners = np.array([(0.12, -0.36), (0.88, -0.36), (0.88, 0.36), (0.12, 0.36)])
-    return corners[None] + np.stack([columns, np.full_like(columns, row)], axis=1)[:, None]
+    return [corners + (column, row) for column in columns]
 
 
 def _rgb(colour: str) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ def fit(ax: Axes, which: str, values: np.ndarray) -> tuple[float, float]:
     v = values[np.isfinite(values)]
     v = v if len(v) else np.zeros(1)
     sizes = np.abs(v[v != 0])
-    small = float(np.quantile(sizes, 0.05)) if len(sizes) else 0.0
+    small = float(np.quantile(sizes, 0.05, method="lower")) if len(sizes) else 0.0
     if not len(sizes) or sizes.max() < CLOSE * small:
         limits, ticks = _linear(v), None
     elif 0 < v.max() < 1e6 * v.min():
