@@ -83,7 +83,7 @@ class Ledger:
 
     def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         """A dimension seen as a box of ``sizes``."""
-        return [Dim(labels) for labels in self.atoms.factor(dim.labels, sizes)]
+        return [dim if n == len(dim) else Dim(labels) for n, labels in zip(sizes, self.atoms.factor(dim.labels, sizes), strict=True)]
 
     def work(self, a: Dims, b: Dims, repeats: int, op: str) -> None:
         """Count ``repeats`` multiply-accumulates for each element of the outer product of the distinct dimensions ``a`` and ``b``.

@@ -324,7 +324,8 @@ def view(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
         if len(old) == 1 and len(new) == 1:
             result.append(x[old[0]])
         elif new:
-            flat = Dim(merged([x[n].labels for n in old]))
+            wide = [n for n in old if len(x[n]) > 1]
+            flat = x[wide[0]] if len(wide) == 1 else Dim(merged([x[n].labels for n in old]))
             result += ledger.split(flat, [shape[n] for n in new])
     return result
 

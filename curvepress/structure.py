@@ -133,7 +133,9 @@ def _members(parts: np.ndarray, sites: Sequence[Site], roles: Sequence[str]) -> 
 
 
 def _name(members: tuple[Member, ...], taken: Sequence[str]) -> str:
-    first = next((m for m in members if m.role == "out"), members[0]).tensor.removesuffix(".weight")
+    """Of the first weight that makes the channels, or else of the first that reads or carries them."""
+    made = [m.tensor.removesuffix(".weight") for m in members if m.role == "out"]
+    first = made[0] if made else f"{members[0].tensor.removesuffix('.weight')} ({members[0].role})"
     names = (first if n == 1 else f"{first}#{n}" for n in range(1, len(taken) + 2))
     return next(n for n in names if n not in taken)
 

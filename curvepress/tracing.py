@@ -144,14 +144,22 @@ def _audible(table: np.ndarray, roles: Sequence[str]) -> np.ndarray:
     return table[np.isin(table[:, 0], table[heard, 0])]
 
 
+KINDS = (("hidden", "head", "head_dim"), ("channel", "channel_group", "channel_in_group"))
+"""What a group is called, by whether a convolution makes it and by the factor of a split its atoms come from."""
+
+
 def _traits(ledger: Ledger, table: np.ndarray, sites: list[Site], roles: list[str], specs: dict[str, TensorSpec]) -> dict[int, tuple[str, str]]:
+    """Kind and reason to be frozen of every atom."""
     atoms = np.unique(table[:, 0])
-    made = [s for s, r in enumerate(roles) if r == "out" and len(specs[sites[s][0]].shape) > 2]
-    spatial = np.isin(atoms, table[np.isin(table[:, 1], made), 0]).astype(int)
-    kinds = (("hidden", "head", "head_dim"), ("channel", "channel_group", "channel_in_group"))
-    reasons = ledger.atoms.reasons(atoms)
-    levels = ledger.atoms.level(atoms)
-    return {a: (kinds[c][n], why) for a, c, n, why in zip(atoms.tolist(), spatial.tolist(), levels.tolist(), reasons, strict=True)}
+
+    def lives(wanted: Callable[[int], bool]) -> list[bool]:
+        return np.isin(atoms, table[np.isin(table[:, 1], [s for s in range(len(sites)) if wanted(s)]), 0]).tolist()
+
+    made = lives(lambda s: roles[s] == "out")
+    convolved = lives(lambda s: roles[s] == "out" and len(specs[sites[s][0]].shape) > 2)
+    levels, reasons = ledger.atoms.level(atoms).tolist(), ledger.atoms.reasons(atoms)
+    kinds = [KINDS[c][level] if m else "input" for m, c, level in zip(made, convolved, levels, strict=True)]
+    return dict(zip(atoms.tolist(), zip(kinds, reasons, strict=True), strict=True))
 
 
 def _atoms(ledger: Ledger, groups: Sequence[Group], dims: dict[Site, Dim]) -> dict[str, np.ndarray]:

@@ -310,6 +310,12 @@ def test_the_headline_does_not_flatter(ratios: list[tuple[float, float, float]],
     assert says in headline(report).replace(numerals.NBSP, " ")
 
 
+def test_names_are_drawn_as_they_are() -> None:
+    drawn = pictures(page_of(alone))
+    assert "recall of <rare> $x$" in labels(drawn["metric"])
+    assert pictures(page_of(elsewhere))["metric"].attrib["aria-label"].startswith("recall of <rare> $x$")
+
+
 def test_the_headline_takes_the_validation_split_where_the_test_split_was_left_alone() -> None:
     assert headline(replace(example(), test={})).endswith("validation accuracy 91.94 → 90.62")
 

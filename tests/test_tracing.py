@@ -1,0 +1,123 @@
+"""What is found in networks whose structure is known, and what is frozen and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import make
+
+from curvepress.structure import Structure
+from curvepress.tracing import UNUSED, trace
+
+
+def found(name: str) -> Structure:
+    case = make(name)
+    return trace(case.model, *case.example)
+
+
+def sizes(structure: Structure) -> list[tuple[str, int]]:
+    return sorted((g.kind, g.size) for g in structure.free)
+
+
+def rows(structure: Structure, group: str, tensor: str, dim: int) -> list[list[int]]:
+    return next(m.rows.tolist() for m in structure[group].members if (m.tensor, m.dim) == (tensor, dim))
+
+
+def test_a_residual_stream_is_one_group() -> None:
+    structure = found("resnet")
+    stream = {m.tensor for m in structure["blocks.1.conv2.0"].members if m.role == "out"}
+    assert stream == {"blocks.1.conv2.0.weight", "blocks.1.short.0.weight", "blocks.2.conv2.0.weight"}
+    assert sizes(structure) == [("channel", 8), ("channel", 8), ("channel", 16), ("channel", 16), ("channel", 16)]
+
+
+def test_a_padded_shortcut_carries_the_stream_on_in_the_middle() -> None:
+    structure = found("resnet_padded")
+    assert rows(structure, "stem.0", "blocks.1.conv2.0.weight", 0) == [[n] for n in range(4, 12)]
+    new = structure["blocks.1.conv2.0"]
+    assert rows(structure, new.name, "head.weight", 1) == [[n] for n in (*range(4), *range(12, 16))]
+
+
+def test_a_flatten_gives_blocks_and_a_concatenation_gives_offsets() -> None:
+    structure = found("inception")
+    assert rows(structure, "a", "head.weight", 1) == [list(range(64 * n, 64 * n + 64)) for n in range(4)]
+    assert rows(structure, "b", "head.weight", 1)[0] == list(range(256, 320))
+    assert rows(structure, "b", "mix.weight", 0) == [[n] for n in range(4, 10)]
+
+
+def test_grouped_convolutions_go_by_whole_groups_or_by_the_same_channels_of_every_group() -> None:
+    structure = found("resnext")
+    assert sizes(structure) == [("channel_group", 4), ("channel_in_group", 2), ("channel_in_group", 3), ("channel_in_group", 6)]
+    (groups,) = (g.name for g in structure.free if g.kind == "channel_group")
+    assert rows(structure, groups, "b.0.weight", 0) == [list(range(6 * n, 6 * n + 6)) for n in range(4)]
+
+
+def test_attention_has_five_kinds_of_width() -> None:
+    structure = found("attention")
+    assert sizes(structure) == [("channel", 16), ("head", 4), ("head_dim", 4), ("hidden", 24)]
+
+
+def test_tied_parameters_are_one_tensor() -> None:
+    assert "c.weight" not in found("tied").tensors
+    assert {m.dim for m in found("tied")["a"].members if m.tensor == "b.weight"} == {0, 1}
+
+
+def test_law_11_an_operator_without_a_rule_freezes_what_it_touches_and_says_so() -> None:
+    structure = found("odd")
+    assert structure["a"].frozen == "no rule for aten.cumsum.default"
+    assert structure["spare (along)"].frozen == UNUSED
+    assert [g.name for g in structure.free] == ["b"]
+
+
+class Ends(nn.Module):
+    """Meets constants, reduces over channels, indexes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 6) for _ in range(4))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        constant = self.a(x) + torch.arange(6.0)
+        scaled = self.b(x) * self.b(x).mean(-1, keepdim=True)
+        chosen = self.c(x)[:, [0, 1, 2, 3, 4, 5]]
+        return self.head(constant) + self.head(scaled) + self.head(chosen) + self.head(self.d(x).softmax(-1))
+
+
+def test_law_11_every_way_to_be_frozen_has_its_reason() -> None:
+    structure = trace(Ends(), torch.randn(3, 4))
+    assert not structure.free
+    reasons = {g.frozen for g in structure.groups}
+    assert "model output" in reasons
+    assert any("fixed size in aten.add" in r for r in reasons)
+
+
+@pytest.mark.parametrize(("layer", "reason"), [("b", "aten.mean.dim reduces"), ("c", "indexed by data"), ("d", "softmax.default runs over")])
+def test_law_11_reasons_of_single_layers(layer: str, reason: str) -> None:
+    class One(Ends):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = getattr(self, layer)(x)
+            return self.head({"b": lambda: y * y.mean(-1, keepdim=True), "c": lambda: y[:, torch.arange(6)], "d": lambda: y.softmax(-1)}[layer]())
+
+    assert reason in trace(One(), torch.randn(3, 4))[layer].frozen
+
+
+def test_tracing_leaves_no_trace() -> None:
+    case = make("mobilenet")
+    case.model.train()
+    before = {n: t.clone() for n, t in case.model.state_dict().items()}
+    trace(case.model, *case.example)
+    assert case.model.training and all(m.training for m in case.model.modules())
+    assert all(torch.equal(before[n], t) for n, t in case.model.state_dict().items())
+
+
+def test_a_model_that_does_not_run_says_so_with_the_shapes() -> None:
+    with pytest.raises(ValueError, match=r"does not run on the example \(\(2, 5\) torch.float32\)"):
+        trace(nn.Linear(4, 3), torch.randn(2, 5))
+
+
+def test_tracing_on_the_meta_device_needs_no_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 11008), nn.ReLU(), nn.Linear(11008, 4096), nn.Linear(4096, 10))
+        structure = trace(model, torch.empty(1, 4096))
+    assert [g.size for g in structure.free] == [11008, 4096]
