@@ -68,7 +68,9 @@ def _row(model: nn.Module, key: dict[str, Any], missing: list[int]) -> None:
     to_onnx(small, recipe.example(), path)
     small = reestimate(small, recipe.batches("calibration", seed=key["seed"]), examples=2048)
     for epochs in missing:
-        record = records.once(FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key["seed"], epochs) | _sizes(small) | spent)
+        record = records.once(
+            FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key["seed"], epochs) | _sizes(small) | spent
+        )
         print({k: record[k] for k in ("depth", "seed", "share", "method", "epochs", "accuracy", "params", "macs")}, flush=True)
 
 
@@ -85,7 +87,9 @@ def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
 def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:
     start = time.process_time()
     if epochs:
-        small = fit(small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, precision="bfloat16", seed=seed).model
+        small = fit(
+            small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, precision="bfloat16", seed=seed
+        ).model
     return _tested(small) | {"tune_cpu_seconds": time.process_time() - start}
 
 
@@ -121,10 +125,13 @@ def table() -> None:
     speeds = {r["model"]: r for r in records.read(HERE / "cifar10_latency.jsonl")}
     for depth in sorted({r["depth"] for r in rows}):
         whole = next(r for r in rows if r["depth"] == depth and r["method"] == "original")
-        print(f"\nResNet-{depth}: {whole['accuracy']:.2f} %, {whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M multiply-accumulates\n")
+        sizes = f"{whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M multiply-accumulates"
+        print(f"\nResNet-{depth}: {whole['accuracy']:.2f} %, {sizes}\n")
         print("| parameters | score | seeds | after pruning | 1 epoch | 3 epochs | MACs | latency, batch 1 | batch 64 |")
         print("|---|---|---|---|---|---|---|---|---|")
-        keys = sorted({(r["share"], r["method"]) for r in rows if r["depth"] == depth and "share" in r}, key=lambda k: (-k[0], _order(k[1])))
+        keys = sorted(
+            {(r["share"], r["method"]) for r in rows if r["depth"] == depth and "share" in r}, key=lambda k: (-k[0], _order(k[1]))
+        )
         for share, method in keys:
             print(_line([r for r in rows if (r["depth"], r.get("share"), r["method"]) == (depth, share, method)], whole, speeds))
 

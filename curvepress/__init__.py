@@ -1,10 +1,10 @@
 """curvepress: make trained networks smaller and faster, guided by the curvature of their loss.
 
-    structure = trace(model, x)                                       # which dimensions must change together
-    scores    = score(model, loss, batches, structure)                # what removing each channel is predicted to cost
-    plan      = search(structure, scores, at_most(params=0.5))        # the gentlest plan that fits the budget
-    small     = fit(apply(model, plan), loss, train, epochs=3, lr=0.01).model
-    save(small, "small.safetensors")                                  # and back: restore(fresh_model, plan, "small.safetensors")
+structure = trace(model, x)                                       # which dimensions must change together
+scores    = score(model, loss, batches, structure)                # what removing each channel is predicted to cost
+plan      = search(structure, scores, at_most(params=0.5))        # the gentlest plan that fits the budget
+small     = fit(apply(model, plan), loss, train, epochs=3, lr=0.01).model
+save(small, "small.safetensors")                                  # and back: restore(fresh_model, plan, "small.safetensors")
 """
 
 from .artifacts import restore, save

@@ -57,11 +57,11 @@ class Atoms:
         if self._count > len(self._root):
             self._grow(2 * self._count)
         self._level[start : self._count] = level
-        return np.arange(start, self._count)[:, None]
+        return np.arange(start, self._count, dtype=np.int64)[:, None]
 
     def level(self, atoms: np.ndarray) -> np.ndarray:
         """The level these root atoms were made with; the highest of those merged."""
-        return self._level[atoms]
+        return np.asarray(self._level[atoms])
 
     def resolve(self, labels: Labels) -> Labels:
         """Labels in canonical form: undefined roots only, distinct, descending, without empty columns."""
@@ -117,19 +117,19 @@ class Atoms:
         if not labels.size:
             return labels
         known = labels >= 0
-        return np.where(known, self._find(labels), -1)
+        return np.asarray(np.where(known, self._find(labels), -1))
 
     def _find(self, atoms: np.ndarray) -> np.ndarray:
         roots = self._root[atoms]
         while not np.array_equal(further := self._root[roots], roots):
             roots = further
         self._root[atoms[atoms >= 0]] = roots[atoms >= 0]
-        return roots
+        return np.asarray(roots)
 
     def _defined(self, labels: Labels) -> np.ndarray:
         if not self._parts.shape[1] or not labels.size:
             return np.zeros(labels.shape, dtype=bool)
-        return (labels >= 0) & (self._parts[labels, 0] >= 0)
+        return np.asarray((labels >= 0) & (self._parts[labels, 0] >= 0))
 
     def _step(self, a: Labels, b: Labels) -> None:
         """Use up at least one equation between resolved, unequal, non-empty labels."""

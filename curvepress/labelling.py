@@ -103,4 +103,4 @@ class Ledger:
 def lost_rows(atoms: Atoms, labels: Labels, gone: np.ndarray) -> np.ndarray:
     """Which indices carry one of the atoms ``gone``: booleans ``[indices]``."""
     resolved = atoms.resolve(labels)
-    return np.isin(resolved, gone).any(axis=1) if resolved.shape[1] else np.zeros(len(labels), dtype=bool)
+    return np.asarray(np.isin(resolved, gone).any(axis=1))

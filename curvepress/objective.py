@@ -37,11 +37,13 @@ def batch_loss(model: Callable[..., Any], loss: Loss, batch: Batch) -> Tensor:
     try:
         value = loss(predicted, batch[1])
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the loss failed on outputs {_shape(predicted)} and targets {_shape(batch[1])}: {error}; do the labels fit the outputs?") from error
+        seen = f"outputs {_shape(predicted)} and targets {_shape(batch[1])}"
+        raise ValueError(f"the loss failed on {seen}: {error}; do the labels fit the outputs?") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise ValueError(f"the loss must be a scalar tensor (the mean over the batch), got {_shape(value)}")
     if not torch.isfinite(value):
-        raise ValueError(f"the loss of a batch of {batch_size(batch)} is {value.item()}; look for NaN or infinity in the weights or the data")
+        seen = f"the loss of a batch of {batch_size(batch)} is {value.item()}"
+        raise ValueError(f"{seen}; look for NaN or infinity in the weights or the data")
     return value
 
 

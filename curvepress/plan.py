@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,14 +71,15 @@ def after(plan: Plan) -> Structure:
     sites = sorted({(m.tensor, m.dim) for g in old.groups for m in g.members}, key=_order(old))
     number = {site: n for n, site in enumerate(sites)}
     roles = {(m.tensor, m.dim): m.role for g in old.groups for m in g.members}
-    entries, traits = [], []
+    entries: list[np.ndarray] = []
+    traits: list[tuple[str, str]] = []
     for group in old.groups:
         units = kept(plan, group)
         first = len(traits)
         traits += [(group.kind, group.frozen)] * len(units)
         for m in group.members:
             entries.append(_entries(first, number[m.tensor, m.dim], _renumbered(m.rows[units], cut.get((m.tensor, m.dim)))))
-    groups = assemble(np.concatenate(entries), sites, [roles[s] for s in sites], traits) if entries else ()
+    groups = assemble(np.concatenate(entries), sites, [roles[s] for s in sites], dict(enumerate(traits))) if entries else ()
     tensors = {n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape))) for n, t in old.tensors.items()}
     return Structure(tensors, groups, old.inputs)
 
@@ -134,7 +136,5 @@ def dumps(data: Any) -> str:
 
 
 def _joined(text: str) -> str:
-    import re
-
     inner = re.compile(r"[\[{]\n\s*([^\[\]{}]*?)\n\s*[\]}]")
     return inner.sub(lambda m: m[0][0] + re.sub(r"\n\s*", " ", m[1]) + m[0][-1], text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -26,14 +27,19 @@ class AtMost:
     limits: Mapping[str, float]
 
     def __call__(self, now: Cost, whole: Cost) -> bool:
+        """Whether every limit is kept."""
         return all(getattr(now, k) <= limit for k, limit in self.absolute(whole).items())
 
     def absolute(self, whole: Cost) -> dict[str, float]:
         """The limits in units of the cost."""
-        return {k: v * getattr(whole, k) if isinstance(v, float) and v <= 1 else v for k, v in self.limits.items()}
+        return {k: v * getattr(whole, k) if _share(v) else v for k, v in self.limits.items()}
 
     def __str__(self) -> str:
-        return ", ".join(f"{k} at most {v:.4g}" + (" of the original" if isinstance(v, float) and v <= 1 else "") for k, v in self.limits.items())
+        return ", ".join(f"{k} at most {v:.4g}{' of the original' if _share(v) else ''}" for k, v in self.limits.items())
+
+
+def _share(limit: float) -> bool:
+    return isinstance(limit, float) and limit <= 1
 
 
 def at_most(**limits: float) -> AtMost:
@@ -89,10 +95,15 @@ def worths(structure: Structure, scores: Scores, per: str) -> dict[str, np.ndarr
     whole, worth = cost(Plan(structure)), {}
     for group in structure.free:
         if group.name not in scores.values or len(scores.values[group.name]) != group.size:
-            raise ValueError(f"the scores say nothing about group {group.name!r} of {group.size} channels; were they made for another model?")
-        saved = 1 if per == "channel" else getattr(whole, per) - getattr(cost(Plan(structure, {group.name: tuple(range(1, group.size))})), per)
+            about = f"group {group.name!r} of {group.size} channels"
+            raise ValueError(f"the scores say nothing about {about}; were they made for another model?")
+        saved = 1 if per == "channel" else getattr(whole, per) - getattr(_one_less(structure, group), per)
         worth[group.name] = scores.values[group.name] / max(saved, 1)
     return worth
+
+
+def _one_less(structure: Structure, group: Group) -> Cost:
+    return cost(Plan(structure, {group.name: tuple(range(1, group.size))}))
 
 
 def prune(structure: Structure, worth: Mapping[str, np.ndarray], price: float, *, multiple: int, floor: float) -> Plan:
@@ -118,10 +129,10 @@ def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget) -> Plan:
     """
     whole = cost(Plan(family(0).structure))
     if not budget(smallest := cost(family(steps)), whole):
+        least = ", ".join(f"{k} {v:,} ({v / max(getattr(whole, k), 1):.1%})" for k, v in vars(smallest).items())
         raise ValueError(
-            f"no plan fits the budget ({_described(budget)}): the smallest this model can be made is {smallest.params:,} parameters "
-            f"({smallest.params / whole.params:.1%}), {smallest.bytes:,} bytes ({smallest.bytes / whole.bytes:.1%}), {smallest.macs:,} "
-            f"multiply-accumulates ({smallest.macs / max(whole.macs, 1):.1%}); allow more, or lower the floor or the multiple"
+            f"no plan fits the budget ({_described(budget)}); the smallest this model can be made is: {least}. "
+            "Allow more, or lower the floor or the multiple"
         )
     low, high = -1, steps
     while high - low > 1:
@@ -134,7 +145,7 @@ def _described(budget: Budget) -> str:
     return str(budget) if isinstance(budget, AtMost) else getattr(budget, "__name__", "the given function")
 
 
-def frontier(structure: Structure, scores: Scores, shares: Sequence[float], **options: object) -> list[Plan]:
+def frontier(structure: Structure, scores: Scores, shares: Sequence[float], **options: Any) -> list[Plan]:
     """The plans for falling shares of the parameters, as far down as they can be reached."""
     plans = []
     for share in shares:

@@ -6,7 +6,7 @@ constant that repeats a width (a view, a pad, a split, a number of groups) is wr
 
 from __future__ import annotations
 
-import operator
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,8 +77,6 @@ def _simplify_calling(graph: fx.Graph) -> None:
 
 
 def _takes_varargs(model: nn.Module) -> bool:
-    import inspect
-
     return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
@@ -89,9 +87,9 @@ def _restore(graph: fx.GraphModule, model: nn.Module) -> None:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if name not in have:
             _owner(graph, name).register_parameter(name.rpartition(".")[2], tensor)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         if name not in have:
-            _owner(graph, name).register_buffer(name.rpartition(".")[2], tensor, persistent=name in stored)
+            _owner(graph, name).register_buffer(name.rpartition(".")[2], buffer, persistent=name in stored)
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:
@@ -159,80 +157,85 @@ def _name(node: fx.Node) -> str:
     return schema.name.removeprefix("aten::").rstrip("_") if schema is not None else ""
 
 
-def _set(node: fx.Node, position: int, key: str, value: Any) -> None:
+def _parameter(node: fx.Node, position: int) -> Any:
+    return node.target._schema.arguments[position]  # type: ignore[union-attr]
+
+
+def _get(node: fx.Node, position: int) -> Any:
+    """An argument of the node's operator, by its place in the schema."""
+    if len(node.args) > position:
+        return node.args[position]
+    parameter = _parameter(node, position)
+    return node.kwargs.get(parameter.name, parameter.default_value)
+
+
+def _set(node: fx.Node, position: int, value: Any) -> None:
     if len(node.args) > position:
         node.update_arg(position, value)
     else:
-        node.update_kwarg(key, value)
-
-
-def _get(node: fx.Node, position: int, key: str) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    default = node.target._schema.arguments[position].default_value
-    return node.kwargs.get(key, default)
+        node.update_kwarg(_parameter(node, position).name, value)
 
 
 def _sizes(cut: _Cut, node: fx.Node, seen: Seen) -> None:
     """view, reshape, expand: every constant size that is cut."""
-    given = [n if isinstance(n, fx.Node) or n == -1 or not cut.changed(d) else cut.size(d) for n, d in zip(node.args[1], seen[node], strict=True)]
-    node.update_arg(1, given)
+    pairs = zip(_get(node, 1), seen[node], strict=True)
+    _set(node, 1, [n if isinstance(n, fx.Node) or n == -1 else cut.size(d) if cut.changed(d) else n for n, d in pairs])
 
 
 def _unflatten(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    dim, sizes = node.args[1] % len(seen[node.args[0]]), node.args[2]
-    node.update_arg(2, [n if isinstance(n, fx.Node) or n == -1 else cut.size(seen[node][dim + k]) for k, n in enumerate(sizes)])
+    dim = _get(node, 1) % len(seen[_get(node, 0)])
+    _set(node, 2, [n if isinstance(n, fx.Node) or n == -1 else cut.size(seen[node][dim + k]) for k, n in enumerate(_get(node, 2))])
 
 
 def _pad(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    pads, dims = list(node.args[1]), seen[node]
+    pads, dims = list(_get(node, 1)), seen[node]
     for n in range(len(pads) // 2):
         labels, (left, right) = dims[len(dims) - 1 - n].labels, pads[2 * n : 2 * n + 2]
         if labels.shape[1]:
             pads[2 * n : 2 * n + 2] = [cut.left(labels[:left]), cut.left(labels[len(labels) - right :])]
-    node.update_arg(1, pads)
+    _set(node, 1, pads)
 
 
 def _slice_node(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    x = seen[node.args[0]]
-    dim = _get(node, 1, "dim") % len(x)
+    x = seen[_get(node, 0)]
+    dim = _get(node, 1) % len(x)
     if not cut.changed(x[dim]):
         return
-    start, stop, step = slice(_get(node, 2, "start"), _get(node, 3, "end"), _get(node, 4, "step")).indices(len(x[dim]))
+    start, stop, step = slice(*(_get(node, n) for n in (2, 3, 4))).indices(len(x[dim]))
     stays = ~lost_rows(cut.atoms, x[dim].labels, cut.gone)
     place = np.cumsum(stays) - 1
     rows = np.arange(start, stop, step)
     new = place[rows[stays[rows]]]
     if not np.array_equal(new, np.arange(new[0], new[0] + len(new))):
         raise ValueError(f"the strided slice {node.name} cannot be written for the channels that stay")
-    for position, key, value in ((1, "dim", dim), (2, "start", int(new[0])), (3, "end", int(new[-1]) + 1), (4, "step", 1)):
-        _set(node, position, key, value)
+    for position, value in ((1, dim), (2, int(new[0])), (3, int(new[-1]) + 1), (4, 1)):
+        _set(node, position, value)
 
 
 def _split(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    x, parts = seen[node.args[0]], seen[node]
-    dim = _get(node, 2, "dim") % len(x)
+    x, parts = seen[_get(node, 0)], seen[node]
+    dim = _get(node, 2) % len(x)
     if cut.changed(x[dim]):
+        node.args, node.kwargs = (_get(node, 0), [cut.size(p[dim]) for p in parts], dim), {}
         node.target = torch.ops.aten.split_with_sizes.default
-        node.args, node.kwargs = (node.args[0], [cut.size(p[dim]) for p in parts], dim), {}
 
 
 def _groups_at(position: int) -> Callable[[_Cut, fx.Node, Seen], None]:
     def rewriter(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-        groups = _get(node, position, "groups")
+        groups = _get(node, position)
         if groups > 1:
-            _set(node, position, "groups", cut.groups(seen[node.args[0]][1], groups))
+            _set(node, position, cut.groups(seen[_get(node, 0)][1], groups))
 
     return rewriter
 
 
 def _normalized_shape(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    node.update_arg(1, [cut.size(d) for d in seen[node][-len(node.args[1]) :]])
+    _set(node, 1, [cut.size(d) for d in seen[node][-len(_get(node, 1)) :]])
 
 
 def _attention_scale(cut: _Cut, node: fx.Node, seen: Seen) -> None:
     """The scale 1/sqrt(width) stays that of the original when query and key grow narrower."""
-    width = seen[node.args[0]][-1]
+    width = seen[_get(node, 0)][-1]
     if node.kwargs.get("scale") is None and cut.changed(width):
         node.update_kwarg("scale", len(width) ** -0.5)
 
@@ -259,7 +262,7 @@ def _slice(graph: fx.GraphModule, plan: Plan) -> None:
             cuts.setdefault(name, {})[dim] = rows
     shared: dict[int, Tensor] = {}
     own = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
-    first = {}
+    first: dict[int, str] = {}
     for name, tensor in own:
         first.setdefault(id(tensor), name)
     for name, tensor in own:

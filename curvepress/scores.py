@@ -142,15 +142,13 @@ def random(model: nn.Module, structure: Structure, task: Task) -> Scores:
     return _exact({g.name: generator.random(g.size) for g in structure.free}, "random", task.seed)
 
 
-METHODS: Mapping[str, Callable[[nn.Module, Structure, Task], Scores]] = {
-    f.__name__: f for f in (hessian_trace, taylor, magnitude, random)
-}
+METHODS: Mapping[str, Callable[[nn.Module, Structure, Task], Scores]] = {f.__name__: f for f in (hessian_trace, taylor, magnitude, random)}
 
 
 def per_channel(member: Member, tensor: Tensor) -> np.ndarray:
     """Sum of everything each channel owns in ``tensor``: float64 ``[channels]``."""
-    rows = tensor.detach().to(torch.float64).movedim(member.dim, 0).flatten(1).sum(1) if tensor.ndim > 1 else tensor.detach().to(torch.float64)
-    return rows.cpu().numpy()[member.rows].sum(axis=1)
+    sums = tensor.detach().to(torch.float64).movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).sum(1)
+    return np.asarray(sums.cpu().numpy()[member.rows].sum(axis=1))
 
 
 def predicted_rise(scores: Scores, gone: Mapping[str, np.ndarray]) -> tuple[float, float]:
@@ -181,12 +179,13 @@ def _averaged(sample: Callable[..., dict[str, np.ndarray]], task: Task, method: 
         if task.progress:
             task.progress(len(rows), task.samples)
     if len(rows) < 2:
-        raise ValueError(f"{method} needs at least 2 calibration batches for its error bars, got {len(rows)}; give more batches or smaller ones")
+        raise ValueError(f"{method} needs at least 2 calibration batches for its error bars, got {len(rows)}; give more or smaller ones")
     estimates: dict[str, Estimate] = {g: average(np.stack([r[g] for r in rows]), np.array(sizes)) for g in rows[0]}
     for group, e in estimates.items():
         if not np.isfinite(e.mean).all():
             raise ValueError(f"{method} of group {group!r} is not finite; look for overflow in the weights or the loss")
-    return Scores({g: e.mean for g, e in estimates.items()}, {g: e.stderr for g, e in estimates.items()}, method, unit, len(rows), task.seed)
+    values, errors = ({g: getattr(e, part) for g, e in estimates.items()} for part in ("mean", "stderr"))
+    return Scores(values, errors, method, unit, len(rows), task.seed)
 
 
 def _exact(values: dict[str, np.ndarray], method: str, seed: int) -> Scores:

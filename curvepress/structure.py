@@ -101,7 +101,7 @@ class Structure:
         return tuple(g for g in self.groups if not g.frozen and g.size > 1)
 
 
-def assemble(entries: np.ndarray, sites: Sequence[Site], roles: Sequence[str], traits: Sequence[tuple[str, str]]) -> tuple[Group, ...]:
+def assemble(entries: np.ndarray, sites: Sequence[Site], roles: Sequence[str], traits: Mapping[int, tuple[str, str]]) -> tuple[Group, ...]:
     """Sort removable units into groups: units that live at the same sites, with as many rows at each, belong together.
 
     Args:
@@ -123,13 +123,14 @@ def assemble(entries: np.ndarray, sites: Sequence[Site], roles: Sequence[str], t
 
 
 def _first_site(parts: np.ndarray, roles: Sequence[str]) -> int:
-    sites = parts[0, :, 0].tolist()
+    sites: list[int] = parts[0, :, 0].tolist()
     return min((s for s in sites if roles[s] == "out"), default=sites[0])
 
 
 def _members(parts: np.ndarray, sites: Sequence[Site], roles: Sequence[str]) -> tuple[Member, ...]:
     where = parts[0, :, 0]
-    return tuple(Member(*sites[s], np.ascontiguousarray(parts[:, where == s, 1]), roles[s]) for s in np.unique(where).tolist())
+    columns = {s: np.ascontiguousarray(parts[:, where == s, 1]) for s in np.unique(where).tolist()}
+    return tuple(Member(sites[s][0], sites[s][1], rows, roles[s]) for s, rows in columns.items())
 
 
 def _name(members: tuple[Member, ...], taken: Sequence[str]) -> str:
@@ -166,7 +167,8 @@ def structure_from_dict(data: Mapping[str, Any]) -> Structure:
             for g in data["groups"]
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"this is not the JSON of a structure ({type(error).__name__}: {error}); write it again with `curvepress trace`") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"this is not the JSON of a structure ({reason}); write it again with `curvepress trace`") from None
     structure = Structure(tensors, groups, inputs)
     _check(structure)
     return structure
@@ -176,7 +178,7 @@ def _check(structure: Structure) -> None:
     for group in structure.groups:
         for m in group.members:
             shape = structure.tensors[m.tensor].shape if m.tensor in structure.tensors else ()
-            if not 0 <= m.dim < len(shape) or m.rows.shape[0] != group.size or not ((m.rows >= 0) & (m.rows < shape[m.dim])).all():
+            if not (0 <= m.dim < len(shape) and len(m.rows) == group.size and ((m.rows >= 0) & (m.rows < shape[m.dim])).all()):
                 raise ValueError(f"group {group.name!r}: its rows of {m.tensor!r}, dimension {m.dim}, do not fit shape {shape}")
 
 

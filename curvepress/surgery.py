@@ -109,7 +109,7 @@ def _narrowed(tensor: Tensor, cuts: Mapping[int, np.ndarray]) -> Tensor:
 
 def _mend(module: nn.Module, rows: Mapping[str, np.ndarray | None], new: Mapping[str, Tensor]) -> None:
     """Set the attributes that repeat a width which a tensor already has."""
-    weight = new.get("weight")
+    weight: Any = new.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd):
         groups = _groups_left(module.weight.shape[0], module.groups, rows["weight"])
         first, second = weight.shape[0], weight.shape[1] * groups
@@ -138,7 +138,8 @@ def _check(model: nn.Module, plan: Plan) -> None:
     tensors = {n: tuple(t.shape) for n, t in model_tensors(model).items()}
     for name, spec in plan.structure.tensors.items():
         if spec.kind != "activation" and tensors.get(name) != spec.shape:
-            raise ValueError(f"this plan is for another model: it has {name} of shape {spec.shape}, this model {tensors.get(name, 'no such tensor')}")
+            seen = tensors.get(name, "no such tensor")
+            raise ValueError(f"this plan is for another model: it has {name} of shape {spec.shape}, this model {seen}")
 
 
 def _disagreement(model: nn.Module, example: tuple[Any, ...], wanted: Any) -> str:
@@ -153,9 +154,9 @@ def _disagreement(model: nn.Module, example: tuple[Any, ...], wanted: Any) -> st
         return f"gives outputs of shape {[tuple(t.shape) for t in _tensors(got)]}, not {[tuple(t.shape) for t in _tensors(wanted)]}"
     for a, b in pairs:
         scale = float(b.abs().max()) if b.numel() else 0.0
-        error = float((a - b).abs().max()) if b.numel() else 0.0
-        if not error <= TOLERANCE.get(b.dtype, 2e-2) * max(scale, 1e-6):
-            return f"differs from the masked original by {error:.2g} where its largest output is {scale:.2g}"
+        apart = float((a - b).abs().max()) if b.numel() else 0.0
+        if not apart <= TOLERANCE.get(b.dtype, 2e-2) * max(scale, 1e-6):
+            return f"differs from the masked original by {apart:.2g} where its largest output is {scale:.2g}"
     return ""
 
 

@@ -148,7 +148,9 @@ KINDS = (("hidden", "head", "head_dim"), ("channel", "channel_group", "channel_i
 """What a group is called, by whether a convolution makes it and by the factor of a split its atoms come from."""
 
 
-def _traits(ledger: Ledger, table: np.ndarray, sites: list[Site], roles: list[str], specs: dict[str, TensorSpec]) -> dict[int, tuple[str, str]]:
+def _traits(
+    ledger: Ledger, table: np.ndarray, sites: list[Site], roles: list[str], specs: dict[str, TensorSpec]
+) -> dict[int, tuple[str, str]]:
     """Kind and reason to be frozen of every atom."""
     atoms = np.unique(table[:, 0])
 

@@ -301,9 +301,8 @@ def _save(folder: Path, identity: dict[str, Any], history: tuple[Epoch, ...], te
     state = {"version": VERSION, "call": identity, "history": [asdict(e) for e in history]}
     _write(folder / name, stored)
     _write(folder / STATE, json.dumps({**state, "tensors": name, "sha256": hashlib.sha256(stored).hexdigest()}, indent=1).encode())
-    for old in folder.glob("epoch-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    for old in set(folder.glob("epoch-*.safetensors")) - {folder / name}:
+        old.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -337,8 +336,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], tuple[Epoch, ...], dict[str, Te
         stored = (folder / state["tensors"]).read_bytes()
         if hashlib.sha256(stored).hexdigest() != state["sha256"]:
             raise ValueError(f"{state['tensors']} is not what was written")
-        named = [(*name.split(".", 1), t) for name, t in safetensors.torch.load(stored).items()]
-        parts = {part: {key: t for p, key, t in named if p == part} for part in ("model", "best", "optimizer")}
+        named = safetensors.torch.load(stored).items()
+        parts = {p: {n.removeprefix(p + "."): t for n, t in named if n.startswith(p + ".")} for p in ("model", "best", "optimizer")}
         return state["call"], tuple(Epoch(**e) for e in state["history"]), parts
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the checkpoint in {folder} is damaged ({type(error).__name__}: {error}); delete it to start again") from error

@@ -44,7 +44,9 @@ def dense_diagonal(model: nn.Module, data: Batch, names: Sequence[str]) -> dict[
     def loss_of(name: str, value: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, {**parameters, name: value}, (data[0],)), data[1])
 
-    return {n: hessian(partial(loss_of, n), parameters[n]).reshape(parameters[n].numel(), -1).diag().reshape(parameters[n].shape) for n in names}
+    return {
+        n: hessian(partial(loss_of, n), parameters[n]).reshape(parameters[n].numel(), -1).diag().reshape(parameters[n].shape) for n in names
+    }
 
 
 NAMES = ("0.weight", "2.weight", "5.weight")
@@ -59,7 +61,7 @@ def test_law_10_one_probe_is_exact_on_a_diagonal_quadratic() -> None:
 
 
 def test_law_10_the_error_bars_cover_the_dense_hessian_at_the_stated_rate() -> None:
-    """Over channels and repetitions, about 95 % of the exact traces lie within 1.96 standard errors (Student's t corrects 40 samples to 2.02)."""
+    """Over channels and repetitions about 95 % of the exact traces lie within 2.02 standard errors (Student's t, 40 samples)."""
     model, data, inside = small_network(), batch(0), []
     exact = dense_diagonal(model, data, NAMES)
     for seed in range(12):
@@ -92,7 +94,12 @@ def test_gradient_is_that_of_autograd() -> None:
 def test_weights_the_loss_does_not_curve_in_have_no_curvature() -> None:
     model = nn.Linear(2, 1).double()
     sample = hessian_diagonal(
-        model, lambda out, _: out.mean(), (torch.randn(3, 2).double(), None), ["weight"], probes=2, generator=torch.Generator().manual_seed(0)
+        model,
+        lambda out, _: out.mean(),
+        (torch.randn(3, 2).double(), None),
+        ["weight"],
+        probes=2,
+        generator=torch.Generator().manual_seed(0),
     )
     assert torch.equal(sample["weight"], torch.zeros_like(model.weight))
 

@@ -15,9 +15,9 @@ from zoo import ZOO, Case, make
 
 from curvepress.cost import cost
 from curvepress.masking import masked_output
-from curvepress.plan import Plan, after, edits, from_json, kept, lost, to_json
+from curvepress.plan import Plan, after, from_json, kept, lost, to_json
 from curvepress.planner import at_most, search
-from curvepress.scores import Scores, predicted_rise, score
+from curvepress.scores import Scores, predicted_rise
 from curvepress.structure import Structure
 from curvepress.surgery import apply
 from curvepress.tracing import trace

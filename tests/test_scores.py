@@ -20,7 +20,10 @@ from curvepress.tracing import trace
 def setting(name: str, count: int = 3) -> tuple[nn.Module, Structure, list[Batch]]:
     case = make(name)
     generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64), torch.randint(5, (6,), generator=generator)) for _ in range(count)]
+    batches = [
+        (torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64), torch.randint(5, (6,), generator=generator))
+        for _ in range(count)
+    ]
     return case.model, trace(case.model, *case.example), batches
 
 
@@ -34,7 +37,9 @@ def relative_trace(model: nn.Module, structure: Structure, batches: list[Batch],
 
             def loss_of(value: torch.Tensor, m=m, rows=rows, w=w) -> torch.Tensor:
                 moved = w.index_copy(m.dim, torch.as_tensor(rows), value)
-                return sum(F.cross_entropy(functional_call(model, {**parameters, m.tensor: moved}, (x,)), y) for x, y in batches) / len(batches)
+                return sum(F.cross_entropy(functional_call(model, {**parameters, m.tensor: moved}, (x,)), y) for x, y in batches) / len(
+                    batches
+                )
 
             block = hessian(loss_of, part).reshape(part.numel(), -1)
             total[c] += float(block.trace() / (2 * part.numel()) * part.square().sum())
@@ -58,7 +63,10 @@ def test_magnitude_is_the_relative_group_norm() -> None:
     model, structure, batches = setting("vgg")
     values = score(model, F.cross_entropy, batches, structure, method="magnitude").values["features.0"]
     f = dict(model.named_parameters())
-    squares = sum(f[n].square().flatten(1).sum(1) if f[n].ndim > 1 else f[n].square() for n in ("features.0.weight", "features.0.bias", "features.1.weight", "features.1.bias"))
+    squares = sum(
+        f[n].square().flatten(1).sum(1) if f[n].ndim > 1 else f[n].square()
+        for n in ("features.0.weight", "features.0.bias", "features.1.weight", "features.1.bias")
+    )
     squares = squares + f["features.4.weight"].square().sum((0, 2, 3))
     norms = squares.sqrt().detach().numpy()
     np.testing.assert_allclose(values, norms / norms.mean())
@@ -92,7 +100,9 @@ def test_the_same_seed_gives_the_same_scores_and_the_model_stays_as_it_is(method
 @pytest.mark.parametrize("method", ["hessian_trace", "random"])
 def test_another_seed_gives_other_scores(method: str) -> None:
     model, structure, batches = setting("vgg")
-    assert score(model, F.cross_entropy, batches, structure, method=method, seed=0) != score(model, F.cross_entropy, batches, structure, method=method, seed=1)
+    assert score(model, F.cross_entropy, batches, structure, method=method, seed=0) != score(
+        model, F.cross_entropy, batches, structure, method=method, seed=1
+    )
 
 
 def test_predictions_add_up() -> None:

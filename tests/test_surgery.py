@@ -23,7 +23,8 @@ def plan_of(name: str, group: str, keep: tuple[int, ...]) -> tuple[nn.Module, tu
 @pytest.mark.parametrize(
     ("name", "group", "form"),
     [("vgg", "features.0", "module"), ("constantview", "features.0", "module"), ("constantview", "features.4", "graph"),
-     ("resnet_padded", "blocks.0.conv1.0", "module"), ("resnet_padded", "stem.0", "module"), ("resnet_padded", "blocks.1.conv2.0", "graph"), ("attention", "qkv#2", "graph")],
+     ("resnet_padded", "blocks.0.conv1.0", "module"), ("resnet_padded", "stem.0", "module"), ("resnet_padded", "blocks.1.conv2.0", "graph"),
+     ("attention", "qkv#2", "graph")],
 )  # fmt: skip
 def test_constants_in_user_code_need_the_graph_and_nothing_else_does(name: str, group: str, form: str) -> None:
     model, example, plan = plan_of(name, group, (0, 1))
@@ -72,9 +73,9 @@ def test_a_result_that_runs_but_is_wrong_is_caught() -> None:
 
 def test_a_wrong_operator_rule_is_caught_when_the_plan_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table may be wrong about an operator; the comparison with the masked original is what the user relies on."""
-    from curvepress import operators
+    from curvepress.operators import RULES, elementwise
 
-    monkeypatch.setitem(operators.RULES, "cumsum", operators.pointwise)
+    monkeypatch.setitem(RULES, "cumsum", elementwise.pointwise)
     case = make("odd")
     structure = trace(case.model, *case.example)
     assert not structure["a"].frozen

@@ -92,12 +92,16 @@ def test_law_11_every_way_to_be_frozen_has_its_reason() -> None:
     assert any("fixed size in aten.add" in r for r in reasons)
 
 
-@pytest.mark.parametrize(("layer", "reason"), [("b", "aten.mean.dim reduces"), ("c", "indexed by data"), ("d", "softmax.default runs over")])
+@pytest.mark.parametrize(
+    ("layer", "reason"), [("b", "aten.mean.dim reduces"), ("c", "indexed by data"), ("d", "softmax.default runs over")]
+)
 def test_law_11_reasons_of_single_layers(layer: str, reason: str) -> None:
     class One(Ends):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = getattr(self, layer)(x)
-            return self.head({"b": lambda: y * y.mean(-1, keepdim=True), "c": lambda: y[:, torch.arange(6)], "d": lambda: y.softmax(-1)}[layer]())
+            return self.head(
+                {"b": lambda: y * y.mean(-1, keepdim=True), "c": lambda: y[:, torch.arange(6)], "d": lambda: y.softmax(-1)}[layer]()
+            )
 
     assert reason in trace(One(), torch.randn(3, 4))[layer].frozen
 

@@ -1,0 +1,11 @@
+"""What each ATen operator does to labelled dimensions.
+
+A rule takes the ledger, the operator's bound arguments and its result, and returns the dimensions of the result.
+``@rule("name", ...)`` enters it in the table.  An operator that is not in the table freezes everything it touches and
+says so: see :func:`~curvepress.operators.table.unknown`.
+"""
+
+from . import elementwise, norms, shapes, weights
+from .table import RULES, observe
+
+__all__ = ["RULES", "elementwise", "norms", "observe", "shapes", "weights"]

@@ -1,0 +1,79 @@
+"""The table of operator rules, and what happens to an operator that is not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..labelling import Dim, Dims, Ledger, blank
+
+Arguments = dict[str, Any]
+Labelled = Dims | Sequence[Dims]
+Rule = Callable[[Ledger, Arguments, Any], Labelled]
+"""``(ledger, bound arguments, result) -> dimensions of the result``, or of each result where there are several."""
+
+RULES: dict[str, Rule] = {}
+FAMILIES: list[tuple[Callable[[Any, str], bool], Rule]] = []
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enter a rule in the table under these operator names, written without the underscore of in-place variants."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def family(belongs: Callable[[Any, str], bool]) -> Callable[[Rule], Rule]:
+    """Enter a rule for every operator for which ``belongs(operator, name)`` holds and that has no rule of its own."""
+
+    def enter(function: Rule) -> Rule:
+        FAMILIES.append((belongs, function))
+        return function
+
+    return enter
+
+
+def observe(ledger: Ledger, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    """Let the rule of ``func`` label its result."""
+    results = tensors_in(result)
+    if not results:
+        return
+    name = _name(func)
+    dims = _rule_of(func, name)(ledger, {**_bound(func, args, kwargs), "op": str(func), "name": name}, result)
+    labelled: Sequence[Any] = [dims] if dims and isinstance(dims[0], Dim) else dims
+    for n, tensor in enumerate(results):
+        known = n < len(labelled) and len(labelled[n]) == tensor.ndim
+        ledger.put(tensor, labelled[n] if known else blank(tensor.shape))
+
+
+def unknown(ledger: Ledger, a: Arguments, out: Any) -> Dims:
+    """No rule: everything the operator touches is frozen, with the operator's name as the reason."""
+    for tensor in tensors_in(list(a.values())):
+        ledger.freeze(ledger.of(tensor), f"no rule for {a['op']}")
+    return []
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of nested lists, tuples and dicts, in order."""
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+    schema = func._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+
+
+def _name(func: Any) -> str:
+    name: str = func._schema.name.split("::")[-1]
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def _rule_of(func: Any, name: str) -> Rule:
+    return RULES.get(name) or next((r for belongs, r in FAMILIES if belongs(func, name)), unknown)
