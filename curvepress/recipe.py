@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -96,7 +97,7 @@ class Recipe:
         found = self.functions["evaluate"](model.eval(), split)
         model.eval()
         if not isinstance(found, dict) or not found:
-            raise ValueError(f'{self.name}: evaluate() must return a dict such as {{"accuracy": 91.7}}; got {found!r} for {split!r}')
+            raise ValueError(f'{self.name}: evaluate() must return a dict such as {{"accuracy": 91.7}}; got {reprlib.repr(found)} for {split!r}')
         return {str(k): self._metric(split, k, v) for k, v in found.items()}
 
     def _metric(self, split: str, key: str, value: Any) -> float:

@@ -45,7 +45,7 @@ class Blame:
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """Whatever the body raises comes out as a :class:`RecipeError` that names ``what``."""
+        """Whatever the body raises comes out as a :class:`RecipeError` that names ``what``, if it is given."""
         try:
             yield
         except RecipeError:
@@ -53,7 +53,7 @@ class Blame:
         except (Exception, SystemExit) as error:
             if self.shipped and isinstance(error, ValueError):  # shipped recipes explain themselves
                 raise RecipeError(f"{self.name}: {error}") from error
-            raise RecipeError(f"{self.name}: {what} failed: {self.said(error)}") from error
+            raise RecipeError(f"{self.name}: {what} failed: {self.said(error)}" if what else self.said(error)) from error
 
     def said(self, error: BaseException) -> str:
         """The error's type and message, and the last line of the recipe's own folder that it went through."""
@@ -88,16 +88,17 @@ def read_module(name: str) -> Found:
     if not name.endswith(".py"):
         if name not in shipped():
             raise ValueError(f"recipe {name!r} is unknown; give the path of a Python file (ending in .py), or one of {', '.join(shipped())}")
-        module = importlib.import_module(f"{SHIPPED}.{name}")
-        folder = Path(str(module.__file__)).parent
-        return Found(name, module, _fingerprint(sorted(folder.glob("*.py"))), Blame(name, folder, shipped=True))
+        folder = Path(str(importlib.import_module(SHIPPED).__file__)).parent
+        blame = Blame(name, folder, shipped=True)
+        with blame.on("the recipe"):
+            module = importlib.import_module(f"{SHIPPED}.{name}")
+        return Found(name, module, _fingerprint(sorted(folder.glob("*.py"))), blame)
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"there is no recipe at {path}; give the path of a Python file, or one of {', '.join(shipped())}")
     blame = Blame(str(path), path.parent, shipped=False)
     with blame.on("the file"):
-        module = _executed(path)
-    return Found(str(path), module, _fingerprint(_sources(path)), blame)
+        return Found(str(path), _executed(path), _fingerprint(_sources(path)), blame)
 
 
 def bound_functions(found: Found, options: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
@@ -121,21 +122,24 @@ def bound_functions(found: Found, options: Mapping[str, str]) -> dict[str, Calla
 
 def _parameters(recipe: str, name: str, function: Any) -> list[str]:
     """The parameters of a function that have defaults, once it is known to take what it will be called with."""
-    signature, (by_position, by_name) = inspect.signature(function), CALLS[name]
+    by_position, by_name = CALLS[name]
     try:
+        signature = inspect.signature(function)
         signature.bind(*by_position, **dict.fromkeys(by_name))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         wanted = ", ".join([*by_position, *(f"{n}=0" for n in by_name)])
-        raise ValueError(f"{recipe}: {name}{signature} must take ({wanted}), further parameters only with defaults: {error}") from None
+        raise ValueError(f"{recipe}: {name} must take ({wanted}), and further parameters only with defaults: {error}") from None
     return [p for p, q in signature.parameters.items() if q.default is not q.empty]
 
 
 def _bound(blame: Blame, name: str, function: Any, values: Mapping[str, Any]) -> Callable[..., Any]:
     bound = partial(function, **values)
 
+    what = "" if name == "loss" else f"{name}()"  # who calls the loss says what it failed on
+
     @wraps(bound)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with blame.on(f"{name}()"):
+        with blame.on(what):
             return bound(*args, **kwargs)
 
     return call

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,34 @@ from .metering import Taken
 from .plan import dumps
 
 RUN = {"format": "curvepress run", "version": 1}
-MANIFEST = "run.json"
+MANIFEST, PLAN, SCRATCH = "run.json", "plan.json", "checkpoints"
+RECIPE = "recipe"
+"""The setting that holds the fingerprint of the recipe's code."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The files of the run folder that a stage reads and writes."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+_ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json")
+FLOWS: Mapping[str, Flow] = {
+    "trace": Flow((), (_ORIGINAL, "original.json", "structure.json")),
+    "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
+    "plan": Flow(("structure.json", *_SCORES), (PLAN,)),
+    "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
+    "fit": Flow((_ORIGINAL, PLAN, "pruned.safetensors"), ("model.safetensors", "history.json")),
+    "export": Flow((_ORIGINAL, PLAN, "model.safetensors"), ("original.onnx", "model.onnx", "latency.json")),
+    "report": Flow(
+        (_ORIGINAL, PLAN, *_SCORES, "pruned.json", "model.safetensors", "history.json", "latency.json"),
+        ("report.json", "metrics.json", "report.html"),
+    ),
+}
+"""The stages in their order."""
+_MAKER = {name: stage for stage, flow in FLOWS.items() for name in flow.writes}
 
 
 @dataclass(frozen=True)
@@ -35,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder, the recipe it belongs to, and its finished stages in order."""
+    """A folder, the recipe it belongs to (a shipped name or a full path), and its finished stages in order."""
 
     folder: Path
     recipe: str
@@ -44,99 +71,139 @@ class Run:
 
 
 def create(folder: Path, recipe: str, options: Mapping[str, str]) -> Run:
-    """The run of this recipe in this folder, new or continued.
+    """The run of this recipe in this folder, new or continued.  A recipe that is gone from its old place has moved here.
 
     Raises:
         ValueError: if the folder holds a run of another recipe, or other files.
     """
-    recipe = str(Path(recipe).resolve()) if recipe.endswith(".py") else recipe
     if (folder / MANIFEST).exists():
         run = open_run(folder)
-        if (run.recipe, dict(run.options)) != (recipe, dict(options)):
-            raise ValueError(f"{folder} holds a run of {run.recipe} with options {dict(run.options)}, not of {recipe} with {dict(options)}; choose another folder")
-        return run
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder")
-    if folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith(".tmp")):
-        raise ValueError(f"{folder} is not empty and holds no run; choose a new or empty folder")
-    run = Run(folder, recipe, dict(options), {})
+        other = run.recipe != recipe and (not run.recipe.endswith(".py") or Path(run.recipe).exists())
+        if run.stages and (other or dict(run.options) != dict(options)):
+            held, asked = (f"{r} with {_listed(o)}" for r, o in ((run.recipe, run.options), (recipe, options)))
+            raise ValueError(f"{folder} holds a run of {held}, not of {asked}; choose another folder")
+        run = replace(run, recipe=recipe, options=dict(options))
+    else:
+        _check_empty(folder)
+        run = Run(folder, recipe, dict(options), {})
     _write(run)
     return run
+
+
+def _listed(options: Mapping[str, str]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    if found := [p.name for p in folder.glob("*") if not p.name.endswith(".tmp")]:
+        raise ValueError(f"{folder} holds other files ({', '.join(sorted(found)[:3])}) and no run; choose a new or empty folder")
 
 
 def open_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ValueError: if there is none, or its ``run.json`` is damaged or foreign.
+        ValueError: if there is none, or its ``run.json`` is damaged or foreign, or it names a recipe inside the folder.
     """
     if not (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds no run: {MANIFEST} is missing; begin with `curvepress trace RECIPE --out {folder}` or `curvepress compress`")
+        raise ValueError(f"{folder} holds no run: {MANIFEST} is missing; begin with `curvepress compress` or `curvepress trace`")
     data = read_json(folder / MANIFEST, RUN)
     try:
-        return Run(folder, data["recipe"], data["options"], {name: Entry(**entry) for name, entry in data["stages"].items()})
-    except (KeyError, TypeError, AttributeError) as error:
+        stages = {name: _entry(entry) for name, entry in data["stages"].items() if name in FLOWS}
+        run = Run(folder, _text(data["recipe"]), {k: _text(v) for k, v in data["options"].items()}, stages)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); choose another folder") from None
+    if run.recipe.endswith(".py") and (not Path(run.recipe).is_absolute() or Path(run.recipe).is_relative_to(folder.resolve())):
+        raise ValueError(f"{folder / MANIFEST} names the recipe {run.recipe}; code that came with a run is not run, keep it elsewhere")
+    return run
 
 
-def is_done(run: Run, stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> bool:
-    """Whether a stage is finished with these settings and inputs as they are now.
+def _entry(data: Mapping[str, Any]) -> Entry:
+    inputs, outputs = ({k: _text(v) for k, v in data[part].items()} for part in ("inputs", "outputs"))
+    taken = asdict(Taken(**{f.name: float(data["taken"][f.name]) for f in fields(Taken)}))
+    return Entry(dict(data["settings"].items()), inputs, outputs, taken)
 
-    Raises:
-        ValueError: if one of its artifacts was changed or is gone since.
-    """
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def is_done(run: Run, stage: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a stage is finished with these settings, from its inputs as they are now, and all it wrote is still there as it was."""
     entry = run.stages.get(stage)
-    if entry is None or dict(entry.settings) != _plain(settings) or dict(entry.inputs) != fingerprints(run.folder, reads):
+    if entry is None or dict(entry.settings) != _plain(settings):
         return False
-    for name, known in entry.outputs.items():
-        if not (run.folder / name).exists():
-            raise ValueError(f"{run.folder / name} is gone; make it again with `curvepress {stage}`")
-        if digest(run.folder / name) != known:
-            raise ValueError(
-                f"{run.folder / name} was changed since the stage {stage!r} wrote it. To go on from the changed file run the stages "
-                f"after {stage!r} one by one; to make it again run `curvepress {stage}`"
-            )
-    return True
+    return all(_digest(run, name) == known for name, known in {**entry.inputs, **entry.outputs}.items())
 
 
-def changed_settings(run: Run, stage: str, settings: Mapping[str, Any]) -> list[str]:
-    """How the settings differ from those the stage was finished with; empty if it is not finished."""
+def objections(run: Run, stage: str, settings: Mapping[str, Any]) -> list[str]:
+    """Why a stage may not simply be done again: settings that differ from those it was finished with, files changed by hand."""
     entry = run.stages.get(stage)
     if entry is None:
         return []
     wanted = _plain(settings)
-    return [f"{k} was {entry.settings.get(k)!r}, now {v!r}" for k, v in wanted.items() if entry.settings.get(k) != v]
+    keys = [k for k in {**entry.settings, **wanted} if entry.settings.get(k) != wanted.get(k)]
+    found = [f"{k} was {entry.settings.get(k)!r}, now {wanted.get(k)!r}" if k != RECIPE else "the recipe's code has changed" for k in keys]
+    changed = [name for name, known in entry.outputs.items() if _digest(run, name) not in (known, "")]
+    return found + [f"{name} is not as the stage wrote it" for name in changed]
 
 
-def finish(run: Run, stage: str, settings: Mapping[str, Any], reads: Sequence[str], writes: Sequence[str], taken: Taken) -> Run:
-    """Record a finished stage; later stages that read what it wrote are forgotten."""
-    entry = Entry(_plain(settings), fingerprints(run.folder, reads), fingerprints(run.folder, writes), asdict(taken))
-    stale = {n for n, e in run.stages.items() if n != stage and set(e.inputs) & set(writes) and any(e.inputs.get(w) not in (None, entry.outputs[w]) for w in writes)}
-    run = replace(run, stages={**{n: e for n, e in run.stages.items() if n not in stale and n != stage}, stage: entry})
+def require(run: Run, stage: str) -> None:
+    """Check that all a stage reads is there, as it was written, and up to date.  A plan may be edited, or come from elsewhere.
+
+    Raises:
+        ValueError: if not; the message has the command that mends it.
+    """
+    for name in FLOWS[stage].reads:
+        maker, path = _MAKER[name], run.folder / name
+        entry, again = run.stages.get(maker), f"run {command(run, maker)}"
+        by_hand = name == PLAN and (entry is None or _digest(run, name) != entry.outputs.get(name))
+        if not path.exists():
+            raise ValueError(f"{path} is missing; {again} first")
+        if by_hand:
+            continue
+        if entry is None:
+            raise ValueError(f"{path} was not written by this run; {again} to make it")
+        if _digest(run, name) != entry.outputs.get(name):
+            raise ValueError(f"{path} is not as it was written: it is damaged or was exchanged; {again} to make it again")
+        for read, known in entry.inputs.items():
+            if _digest(run, read) != known:
+                raise ValueError(f"{path} is out of date: {read} has changed since; {again} to make it again")
+        require(run, maker)
+
+
+def command(run: Run, stage: str) -> str:
+    """What to type to do a stage again."""
+    return f"`curvepress trace {run.recipe} --out {run.folder}`" if stage == "trace" else f"`curvepress {stage} {run.folder}`"
+
+
+def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> Run:
+    """Record a finished stage; its checkpoints are no longer needed."""
+    flow = FLOWS[stage]
+    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (flow.reads, flow.writes))
+    stages = {**run.stages, stage: Entry(_plain(settings), inputs, outputs, asdict(taken))}
+    run = replace(run, stages={name: stages[name] for name in FLOWS if name in stages})
     _write(run)
+    for folder in (run.folder / SCRATCH).glob(f"{stage}-*"):
+        shutil.rmtree(folder)
     return run
 
 
-def fingerprints(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of files of the run.
-
-    Raises:
-        ValueError: if one is missing.
-    """
-    for name in names:
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing; run the stage that makes it first")
-    return {name: digest(folder / name) for name in names}
+def scratch(run: Run, stage: str, settings: Mapping[str, Any]) -> Path:
+    """A folder for a stage's own checkpoints, named by its settings and inputs: others never go on from them."""
+    inputs = {name: _digest(run, name) for name in FLOWS[stage].reads}
+    key = hashlib.sha256(json.dumps([_plain(settings), inputs], sort_keys=True).encode()).hexdigest()[:12]
+    return run.folder / SCRATCH / f"{stage}-{key}"
 
 
-def scratch(run: Run, stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> Path:
-    """A folder for a stage's own checkpoints, named by its settings and inputs; those of other settings are removed."""
-    key = hashlib.sha256(json.dumps([_plain(settings), fingerprints(run.folder, reads)], sort_keys=True).encode()).hexdigest()[:12]
-    folder = run.folder / "checkpoints" / f"{stage}-{key}"
-    for other in (run.folder / "checkpoints").glob(f"{stage}-*"):
-        if other != folder:
-            shutil.rmtree(other)
-    return folder
+def _digest(run: Run, name: str) -> str:
+    """The fingerprint of a file of the run, empty if there is none."""
+    path = run.folder / name
+    return digest(path) if path.is_file() else ""
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
@@ -93,7 +94,7 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.onnx.
     if size := _batch(inputs):
         several = _resized(inputs, max(2, size))  # the exporter takes a size of 1 for a constant
         try:
-            return _program(model, several, tuple({0: Dim("batch")} for _ in inputs)), ""
+            return _program(model, several, _any_batch(model, len(inputs))), ""
         except Exception as error:  # the exporter raises whatever the model's own code raises
             why = _first_line(error)
     try:
@@ -102,6 +103,13 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.onnx.
         raise ValueError(
             f"the model cannot be exported to ONNX: {_first_line(error)}; the exception that caused this one shows where"
         ) from error
+
+
+def _any_batch(model: nn.Module, inputs: int) -> tuple[Any, ...]:
+    """Dimension 0 of every input left open; a parameter like ``*inputs`` counts as one."""
+    shapes = tuple({0: Dim("batch")} for _ in range(inputs))
+    parameters = inspect.signature(model.forward).parameters.values()
+    return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
 
 
 def _program(model: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.onnx.ONNXProgram:

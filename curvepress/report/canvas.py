@@ -115,7 +115,6 @@ CLEANING = tuple(
     (re.compile(pattern, re.DOTALL), instead)
     for pattern, instead in (
         (r"^.*?(?=<svg )", ""),  # what a file of its own needs
-        (r"<metadata>.*?</metadata>\s*", ""),
         (r"<!--.*?-->\s*", ""),
         (r"<defs>\s*<style.*?</style>\s*</defs>\s*", ""),  # would hold for the whole page
         (r"xlink:href", "href"),

@@ -167,7 +167,7 @@ def _ranks(report: Report, groups: Sequence[Group]) -> list[np.ndarray]:
 
 def _cells(columns: np.ndarray, row: int) -> list[np.ndarray]:
     corners = np.array([(0.12, -0.36), (0.88, -0.36), (0.88, 0.36), (0.12, 0.36)])
-    return [corners + (column, row) for column in columns]
+    return [corners + np.array([column, row]) for column in columns]
 
 
 def _rgb(colour: str) -> tuple[float, ...]:
