@@ -57,7 +57,7 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     _check(model, plan)
     if not plan.keep:
         return Applied(copy.deepcopy(model), "module")
-    example = example or synthetic(plan.structure.inputs)
+    example = example or _on_device_of(model, synthetic(plan.structure.inputs))
     wanted = masked_output(model, plan, example)
     small = sliced(model, plan)
     trouble = _disagreement(small, example, wanted)
@@ -80,6 +80,11 @@ def synthetic(inputs: tuple[InputSpec, ...], seed: int = 0) -> tuple[Tensor, ...
         return torch.randint(max(spec.high, 1), spec.shape, generator=generator).to(dtype)
 
     return tuple(map(one, inputs))
+
+
+def _on_device_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    device = next((t.device for t in model_tensors(model).values()), torch.device("cpu"))
+    return tuple(x.to(device) for x in inputs)
 
 
 def sliced(model: nn.Module, plan: Plan) -> nn.Module:
