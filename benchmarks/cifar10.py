@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import peer, records
+from curvepress.batchnorm import reestimate
 from curvepress.cost import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.plan import Plan
@@ -28,7 +29,7 @@ from curvepress.planner import at_most, search
 from curvepress.scores import score
 from curvepress.surgery import apply
 from curvepress.tracing import trace
-from curvepress.training import fit, reestimate
+from curvepress.training import fit
 from curvepress_recipes import cifar10 as recipe
 
 HERE = Path(__file__).parent / "results"

@@ -8,6 +8,7 @@ save(small, "small.safetensors")                                  # and back: re
 """
 
 from .artifacts import restore, save
+from .batchnorm import reestimate
 from .cost import Cost, cost
 from .export import to_onnx
 from .plan import Plan
@@ -16,7 +17,7 @@ from .scores import Scores, score
 from .structure import Structure
 from .surgery import apply
 from .tracing import trace
-from .training import fit, reestimate
+from .training import fit
 
 __all__ = [
     "Cost", "Plan", "Scores", "Structure",

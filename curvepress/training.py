@@ -1,11 +1,9 @@
-"""Changing the values of the weights: gradients (recovery, distillation) and batch statistics read again."""
+"""Changing the values of the weights by gradients: recovery and distillation in one loop."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sized
 from copy import deepcopy
@@ -14,18 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from . import checkpointing
 from .objective import Batch, Batches, Loss, batch_loss, batch_size, output
 
-VERSION = 1
 OPTIMIZERS = ("sgd", "adamw")
-STATE = "training.json"
 PRECISIONS = ("full", "bfloat16")
 SCHEDULES = ("cosine", "step", "constant")
 
@@ -150,7 +144,8 @@ def fit(
             if evaluate and _best(history) == done:
                 best = _snapshot(run.model)
             if folder:
-                _save(folder, identity, history, {"model": _snapshot(run.model), "best": best, "optimizer": _moments(run.descent)})
+                state = {"model": _snapshot(run.model), "best": best, "optimizer": _moments(run.descent)}
+                checkpointing.save(folder, identity, [asdict(e) for e in history], state)
             if progress:
                 progress(history[-1])
     _assign(run.model, best)
@@ -293,108 +288,16 @@ def _digest(model: nn.Module | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _save(folder: Path, identity: dict[str, Any], history: tuple[Epoch, ...], tensors: dict[str, Tensors]) -> None:
-    """Write the tensors, then the JSON that names them, which is what makes the checkpoint; then drop older tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = safetensors.torch.save({f"{part}.{name}": t for part, values in tensors.items() for name, t in values.items()})
-    name = f"epoch-{len(history)}.safetensors"
-    state = {"version": VERSION, "call": identity, "history": [asdict(e) for e in history]}
-    _write(folder / name, stored)
-    _write(folder / STATE, json.dumps({**state, "tensors": name, "sha256": hashlib.sha256(stored).hexdigest()}, indent=1).encode())
-    for old in set(folder.glob("epoch-*.safetensors")) - {folder / name}:
-        old.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _restore(folder: Path, identity: dict[str, Any], run: _Run) -> tuple[tuple[Epoch, ...], Tensors]:
     """The history and the best tensors so far; the run's model and optimizer go back to where they were."""
-    if not (folder / STATE).exists():
+    found = checkpointing.read(folder, identity, ("model", "best", "optimizer"))
+    if found is None:
         return (), {}
-    made_by, history, parts = _read(folder)
-    differences = [f"{k}: {made_by.get(k)} there, {v} here" for k, v in identity.items() if made_by.get(k) != v]
-    if differences:
-        raise ValueError(f"the checkpoint in {folder} is of another call ({'; '.join(differences)}); repeat that one or use another folder")
+    records, parts = found
     _assign(run.model, parts["model"])
     moments: dict[int, Tensors] = {}
     for name, t in parts["optimizer"].items():
         number, key = name.split(".", 1)
         moments.setdefault(int(number), {})[key] = t
     run.descent.load_state_dict({**run.descent.state_dict(), "state": moments})
-    return history, parts["best"]
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], tuple[Epoch, ...], dict[str, Tensors]]:
-    try:
-        state = json.loads((folder / STATE).read_text())
-        if state["version"] != VERSION:
-            raise ValueError(f"version {state['version']} instead of {VERSION}")
-        stored = (folder / state["tensors"]).read_bytes()
-        if hashlib.sha256(stored).hexdigest() != state["sha256"]:
-            raise ValueError(f"{state['tensors']} is not what was written")
-        named = safetensors.torch.load(stored).items()
-        parts = {p: {n.removeprefix(p + "."): t for n, t in named if n.startswith(p + ".")} for p in ("model", "best", "optimizer")}
-        return state["call"], tuple(Epoch(**e) for e in state["history"]), parts
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged ({type(error).__name__}: {error}); delete it to start again") from error
-
-
-def reestimate(model: nn.Module, batches: Batches, *, examples: int = 2048) -> nn.Module:
-    """A copy of ``model`` whose batch-normalisation statistics are those of ``batches``, as its weights now make them.
-
-    Every running mean and (unbiased) variance becomes the average of the batches' own, weighted by their sizes;
-    meanwhile layers normalise by the batch, as in training, and dropout is off.  All else stays: weights, modes,
-    counters.  Layers are found by the operator they call, so graph modules are served like others.
-    Whole batches are taken until ``examples`` were seen, or all were.
-
-    Raises:
-        ValueError: if there are no batches or a layer sees one value per channel only.
-    """
-    if examples < 1:
-        raise ValueError(f"examples must be 1 or more; got {examples}")
-    copy, seen = deepcopy(model).eval(), 0
-    with torch.no_grad(), _Averaging():
-        for batch in batches:
-            output(copy, batch)
-            seen += batch_size(batch)
-            if seen >= examples:
-                break
-    if not seen:
-        raise ValueError("there were no batches to estimate the statistics on")
-    for mine, given in zip(copy.modules(), model.modules(), strict=True):
-        mine.training = given.training
-    return copy
-
-
-_ATEN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-_ARGUMENTS = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    **dict.fromkeys((torch.batch_norm, torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default), _ATEN),
-}
-
-
-class _Averaging(TorchFunctionMode):
-    """Batch normalisation runs in training mode, with the momentum that makes its buffers averages over the calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, int] = {}  # examples, by the address of the running mean
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(_ARGUMENTS.get(func, ()), args, strict=False)) | (kwargs or {})
-        if func not in _ARGUMENTS and "batch_norm" in getattr(func, "__name__", ""):
-            raise ValueError(f"statistics cannot be re-estimated through {func}: give a model that calls aten.batch_norm")
-        if func not in _ARGUMENTS or given["running_mean"] is None:
-            return func(*args, **(kwargs or {}))
-        inputs, mean = given["input"], given["running_mean"]
-        if inputs.numel() == inputs.shape[1]:
-            raise ValueError(f"batch normalisation of inputs {tuple(inputs.shape)} sees one value per channel; use larger batches")
-        if mean.data_ptr() not in self.seen:
-            for buffer in (mean, given["running_var"]):
-                buffer.zero_()  # were it NaN, it would outlive a momentum of 1
-        examples = self.seen[mean.data_ptr()] = self.seen.get(mean.data_ptr(), 0) + len(inputs)
-        return func(**given | {"training": True, "momentum": len(inputs) / examples})
+    return tuple(Epoch(**e) for e in records), parts["best"]

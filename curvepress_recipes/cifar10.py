@@ -24,7 +24,7 @@ from curvepress_recipes.cifar10_files import LAYOUT, decode, find
 from curvepress_recipes.images import Minibatches, accuracy, flipped, shifted
 from curvepress_recipes.resnet import ResNet
 
-RECOVERY: dict[str, Any] = {"epochs": 1, "lr": 0.01, "weight_decay": 1e-4}
+RECOVERY: dict[str, Any] = {"epochs": 1, "lr": 0.01, "weight_decay": 1e-4, "distill": 0.9}
 SPLITS = ("train", "calibration", "validation", "test")
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])
 STD = 255 * torch.tensor([0.229, 0.224, 0.225])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from curvepress.training import fit
 from curvepress_recipes.images import Minibatches, accuracy, shifted
 
-RECOVERY: dict[str, Any] = {"epochs": 5, "lr": 0.02}
+RECOVERY: dict[str, Any] = {"epochs": 5, "lr": 0.02, "distill": 0.9}
 SHARES = {"train": (0.0, 0.6), "calibration": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
