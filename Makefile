@@ -22,7 +22,7 @@ help:
 	@echo 'The first of them makes $(VENV) (PYTHON=... chooses the interpreter) and installs what is needed.'
 
 demo: $(STAMP)
-	$(BIN)/curvepress compress digits --params 0.5 --out runs/digits
+	$(BIN)/curvepress compress digits --params 0.5 --multiple 8 --probes 32 --out runs/digits
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
