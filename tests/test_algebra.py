@@ -74,11 +74,12 @@ def test_a_frozen_atom_freezes_what_it_merges_with_and_what_defines_it() -> None
     atoms = Atoms()
     a, b = atoms.new(4), atoms.new(4)
     atoms.freeze(a[:1], "output")
+    atoms.freeze(b[3:], "positions")
     atoms.equate(a, b, "")
-    assert atoms.reasons(atoms.resolve(b)[:, 0]) == ["output", "", "", ""]
+    assert atoms.reasons(atoms.resolve(b)[:, 0]) == ["output", "", "", "positions"]
     heads, widths = atoms.factor(b, (2, 2))
-    assert atoms.reasons(atoms.resolve(heads)[:, 0]) == ["output", ""]
-    assert atoms.reasons(atoms.resolve(widths)[:, 0]) == ["output", ""]
+    assert atoms.reasons(atoms.resolve(heads)[:, 0]) == ["output", "positions"]
+    assert atoms.reasons(atoms.resolve(widths)[:, 0]) == ["output", "positions"]
 
 
 def test_unequal_products_couple_more_and_never_less() -> None:

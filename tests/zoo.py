@@ -224,6 +224,18 @@ class GroupNormNet(nn.Module):
         return self.head(F.relu(self.b(F.silu(self.norm(self.a(x))))).mean((2, 3)))
 
 
+class GroupedView(nn.Module):
+    """Grouped convolution and group norm in front of a constant of user code, so that only a rewritten graph will do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, 2, 1, groups=4)
+        self.norm, self.head = nn.GroupNorm(4, 12), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.b(F.relu(self.a(x))))).view(-1, 48))
+
+
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +332,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet(padded=False),
     "resnet_padded": lambda: ResNet(padded=True),
     **{f.__name__.lower(): f for f in (PreActivation, VGG, ConstantView, DenseNet, MobileNet, ResNeXt, ShuffleNet, ShuffleNetV2, UNet,
-                                       Inception, ConvNeXt, GroupNormNet, MLP, GatedMLP, Shared, Tied, Volume, Attention, Odd)},
+                                       Inception, ConvNeXt, GroupNormNet, GroupedView, MLP, GatedMLP, Shared, Tied, Volume, Attention, Odd)},
 }  # fmt: skip
 
 
