@@ -13,37 +13,47 @@ TABLE = {
     "structure": "",
     "objective": "",
     "algebra": "",
+    "files": "",
+    "metering": "",
     "plan": "structure",
-    "cost": "plan structure",
+    "cost": "plan",
     "labelling": "structure algebra",
     "operators": "algebra labelling",
-    "tracing": "structure algebra labelling operators",
+    "tracing": "structure labelling operators",
+    "masking": "plan tracing",
+    "rewriting": "plan labelling tracing algebra",
+    "surgery": "structure plan tracing masking rewriting",
     "curvature": "objective",
     "scores": "structure curvature objective",
     "planner": "structure plan cost scores",
-    "masking": "plan tracing",
-    "rewriting": "structure plan labelling tracing algebra",
-    "surgery": "structure plan tracing masking rewriting",
-    "training": "objective",
+    "batchnorm": "objective",
+    "checkpointing": "files",
+    "training": "objective checkpointing",
     "export": "",
     "report": "structure plan cost scores",
-    "recipe": "objective",
-    "runs": "structure plan scores cost report recipe objective",
-    "pipeline": "everything but cli",
+    "artifacts": "structure plan scores tracing surgery files",
+    "recipe_files": "",
+    "recipe": "objective recipe_files",
+    "runs": "plan files artifacts metering",
+    "settings": "recipe training",
+    "desk": "structure plan artifacts recipe runs",
+    "findings": "plan cost artifacts report desk runs",
+    "pipeline": "everything but terminal cli",
+    "terminal": "structure cost report desk pipeline",
     "cli": "everything",
-    "__init__": "everything but cli",
+    "__init__": "everything but pipeline terminal cli",
 }
 
 # Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
 ONLY = {
     "torch.utils._python_dispatch": {"tracing", "operators", "masking"},
     "curvepress_recipes": set(),  # found by name, never imported
-    "importlib.import_module": {"recipe"},
-    "importlib.util": {"recipe"},
+    "importlib.import_module": {"recipe_files"},
+    "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
 WITHOUT_TORCH = {"structure", "plan", "cost", "planner", "report", "algebra"}
-WRITERS = {"cli", "runs", "export"}
+WRITERS = {"files", "artifacts", "checkpointing", "runs", "pipeline", "export", "metering", "terminal", "cli"}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
 MODULE_MAKERS = {"rewriting"}
 
@@ -220,7 +230,7 @@ def test_planted_uses_are_found(module: str, source: str, what: str):
         ("curvepress.tracing", "from torch.utils._python_dispatch import TorchDispatchMode"),
         ("curvepress.runs", "print(open('a'))"),
         ("curvepress.rewriting", "from torch import nn\nclass A(nn.Module): pass"),
-        ("curvepress.recipe", "import importlib\nimportlib.import_module('curvepress_recipes.digits')"),
+        ("curvepress.recipe_files", "import importlib\nimportlib.import_module('curvepress_recipes.digits')"),
         ("curvepress.plan", "import numpy\nfrom importlib.metadata import version"),
     ],
 )
