@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from .surgery import apply
 from .tracing import model_tensors
 
 MODEL = "curvepress model"
-SCORES = {"format": "curvepress scores", "version": 1}
-STRUCTURE = {"format": "curvepress structure", "version": 1}
+SCORES: Mapping[str, Any] = {"format": "curvepress scores", "version": 1}
+STRUCTURE: Mapping[str, Any] = {"format": "curvepress structure", "version": 1}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the model's parameters and stored buffers to a safetensors file, tied ones once, under their own names."""
-    content = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in _stored(model).items()}, {"format": MODEL})
-    write_bytes(Path(path), content)
+    tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in _stored(model).items()}  # views share memory
+    write_bytes(Path(path), safetensors.torch.save(tensors, {"format": MODEL}))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -36,12 +37,28 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         ValueError: if the file is damaged or foreign, or its tensors are not those of the model.
     """
-    tensors, own = _read_tensors(Path(path), MODEL), _stored(model)
-    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape or tensors[n].dtype != own[n].dtype]
-    extra = [n for n in tensors if n not in own]
-    if wrong or extra:
-        seen = f"; {wrong[0]} is {_look(tensors.get(wrong[0]))} in the file and {_look(own[wrong[0]])} in the model" if wrong else ""
-        raise ValueError(f"{path} holds another model: {len(wrong)} tensors do not fit and {len(extra)} are unknown{seen}")
+    tensors = _read_tensors(Path(path), MODEL)
+    try:
+        return _filled(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} holds another model: {error}; build the model that the file was saved from") from None
+
+
+def fill(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The given model, filled with the tensors of another.
+
+    Raises:
+        ValueError: if these are not those of the model.
+    """
+    return _filled(model, _stored(other))
+
+
+def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    own = _stored(model)
+    for name in {**own, **tensors}:
+        seen, wanted = _look(tensors.get(name)), _look(own.get(name))
+        if seen != wanted:
+            raise ValueError(f"{name} is {seen} there and {wanted} in the model to be filled")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -90,7 +107,7 @@ def load_scores(folder: Path) -> Scores:
         raise ValueError(f"the scores in {folder} are damaged: {error} is missing; make them again with `curvepress score`") from None
 
 
-def read_json(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+def read_json(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object that carries the ``expected`` entries, without them.
 
     Raises:
@@ -100,11 +117,11 @@ def read_json(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; run the stage that makes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and run the stage that makes it") from None
     if not isinstance(data, dict) or any(data.get(k) != v for k, v in expected.items()):
         seen = {k: data.get(k) for k in expected} if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{path} is not what is wanted here: expected {expected}, found {seen}")
+        raise ValueError(f"{path} is another kind of file: expected {dict(expected)}, found {seen}; give the right one, or make it again")
     return {k: v for k, v in data.items() if k not in expected}
 
 
@@ -119,7 +136,7 @@ def _read_tensors(path: Path, form: Any) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("format") != form:
-                raise ValueError(f"{path} was not written as a {form}: its format is {(file.metadata() or {}).get('format')!r}")
+                raise ValueError(f"{path} is no {form}: its format is {(file.metadata() or {}).get('format')!r}; give the right file")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}; delete it and run the stage that makes it") from None

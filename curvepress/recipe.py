@@ -97,7 +97,9 @@ class Recipe:
         found = self.functions["evaluate"](model.eval(), split)
         model.eval()
         if not isinstance(found, dict) or not found:
-            raise ValueError(f'{self.name}: evaluate() must return a dict such as {{"accuracy": 91.7}}; got {reprlib.repr(found)} for {split!r}')
+            raise ValueError(
+                f'{self.name}: evaluate() must return a dict such as {{"accuracy": 91.7}}; got {reprlib.repr(found)} for {split!r}'
+            )
         return {str(k): self._metric(split, k, v) for k, v in found.items()}
 
     def _metric(self, split: str, key: str, value: Any) -> float:
@@ -150,7 +152,9 @@ def _check_batch(recipe: Recipe, model: nn.Module, split: str, batch: Batch) -> 
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"{where}, inputs {_look(batch[0])}: the model does not run on it: {recipe.blame.said(error)}") from error
     if not value.requires_grad:
-        raise ValueError(f"{where}: gradients do not reach the weights; look for no_grad, detach, argmax or numpy in the model and the loss")
+        raise ValueError(
+            f"{where}: gradients do not reach the weights; look for no_grad, detach, argmax or numpy in the model and the loss"
+        )
 
 
 class _Stream:

@@ -87,7 +87,9 @@ def read_module(name: str) -> Found:
     """
     if not name.endswith(".py"):
         if name not in shipped():
-            raise ValueError(f"recipe {name!r} is unknown; give the path of a Python file (ending in .py), or one of {', '.join(shipped())}")
+            raise ValueError(
+                f"recipe {name!r} is unknown; give the path of a Python file (ending in .py), or one of {', '.join(shipped())}"
+            )
         folder = Path(str(importlib.import_module(SHIPPED).__file__)).parent
         blame = Blame(name, folder, shipped=True)
         with blame.on("the recipe"):
@@ -117,7 +119,9 @@ def bound_functions(found: Found, options: Mapping[str, str]) -> dict[str, Calla
             allowed = f"its options are {', '.join(sorted(known))}" if known else "it has none"
             raise ValueError(f"{found.name} has no option {option!r}; {allowed}")
     values = {k: _value(v) for k, v in options.items()}
-    return {f: _bound(found.blame, f, function, {k: v for k, v in values.items() if k in parameters[f]}) for f, function in functions.items()}
+    return {
+        f: _bound(found.blame, f, function, {k: v for k, v in values.items() if k in parameters[f]}) for f, function in functions.items()
+    }
 
 
 def _parameters(recipe: str, name: str, function: Any) -> list[str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,10 @@ FLOWS: Mapping[str, Flow] = {
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
     "plan": Flow(("structure.json", *_SCORES), (PLAN,)),
     "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
-    "fit": Flow((_ORIGINAL, PLAN, "pruned.safetensors"), ("model.safetensors", "history.json")),
-    "export": Flow((_ORIGINAL, PLAN, "model.safetensors"), ("original.onnx", "model.onnx", "latency.json")),
+    "fit": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("model.safetensors", "history.json")),
+    "export": Flow((_ORIGINAL, "structure.json", PLAN, "model.safetensors"), ("original.onnx", "model.onnx", "latency.json")),
     "report": Flow(
-        (_ORIGINAL, PLAN, *_SCORES, "pruned.json", "model.safetensors", "history.json", "latency.json"),
+        (_ORIGINAL, "structure.json", PLAN, *_SCORES, "pruned.json", "model.safetensors", "history.json", "latency.json"),
         ("report.json", "metrics.json", "report.html"),
     ),
 }
@@ -76,18 +78,20 @@ def create(folder: Path, recipe: str, options: Mapping[str, str]) -> Run:
     Raises:
         ValueError: if the folder holds a run of another recipe, or other files.
     """
+    new = Run(folder, recipe, dict(options), {})
     if (folder / MANIFEST).exists():
         run = open_run(folder)
         other = run.recipe != recipe and (not run.recipe.endswith(".py") or Path(run.recipe).exists())
         if run.stages and (other or dict(run.options) != dict(options)):
             held, asked = (f"{r} with {_listed(o)}" for r, o in ((run.recipe, run.options), (recipe, options)))
             raise ValueError(f"{folder} holds a run of {held}, not of {asked}; choose another folder")
-        run = replace(run, recipe=recipe, options=dict(options))
+        new = replace(new, stages=run.stages)
+        if new == run:
+            return run
     else:
         _check_empty(folder)
-        run = Run(folder, recipe, dict(options), {})
-    _write(run)
-    return run
+    _write(new)
+    return new
 
 
 def _listed(options: Mapping[str, str]) -> str:
@@ -158,22 +162,30 @@ def require(run: Run, stage: str) -> None:
     Raises:
         ValueError: if not; the message has the command that mends it.
     """
+    _require(run, stage, cache(partial(_digest, run)))
+
+
+def _require(run: Run, stage: str, now: Callable[[str], str]) -> None:
     for name in FLOWS[stage].reads:
-        maker, path = _MAKER[name], run.folder / name
-        entry, again = run.stages.get(maker), f"run {command(run, maker)}"
-        by_hand = name == PLAN and (entry is None or _digest(run, name) != entry.outputs.get(name))
-        if not path.exists():
-            raise ValueError(f"{path} is missing; {again} first")
-        if by_hand:
+        maker = _MAKER[name]
+        entry, path = run.stages.get(maker), run.folder / name
+        if name == PLAN and now(name) and (entry is None or now(name) != entry.outputs.get(name)):
             continue
-        if entry is None:
-            raise ValueError(f"{path} was not written by this run; {again} to make it")
-        if _digest(run, name) != entry.outputs.get(name):
-            raise ValueError(f"{path} is not as it was written: it is damaged or was exchanged; {again} to make it again")
-        for read, known in entry.inputs.items():
-            if _digest(run, read) != known:
-                raise ValueError(f"{path} is out of date: {read} has changed since; {again} to make it again")
-        require(run, maker)
+        if fault := _fault(entry, name, now):
+            raise ValueError(f"{path} {fault}; run {command(run, maker)} to make it")
+        _require(run, maker, now)
+
+
+def _fault(entry: Entry | None, name: str, now: Callable[[str], str]) -> str:
+    """What is wrong with a file, made by the stage of ``entry``; empty if nothing."""
+    if not now(name):
+        return "is missing"
+    if entry is None:
+        return "was not written by this run"
+    if now(name) != entry.outputs.get(name):
+        return "is not as it was written: it is damaged or was exchanged"
+    stale = next((read for read, known in entry.inputs.items() if now(read) != known), "")
+    return f"is out of date: {stale} has changed since" if stale else ""
 
 
 def command(run: Run, stage: str) -> str:
@@ -190,6 +202,8 @@ def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> R
     _write(run)
     for folder in (run.folder / SCRATCH).glob(f"{stage}-*"):
         shutil.rmtree(folder)
+    with suppress(OSError):  # others' are still there, or it never was
+        (run.folder / SCRATCH).rmdir()
     return run
 
 

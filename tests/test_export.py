@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvepress.export import Quartiles, Timing, compare_latency, faster, to_onnx
+from curvepress.export import Quartiles, Timing, compare_latency, faster, latency, to_onnx
 
 
 class Residual(nn.Module):
@@ -73,6 +73,13 @@ class Stacked(nn.Module):
         return functional.scaled_dot_product_attention(x, x, x)
 
 
+class AnyInputs(nn.Module):
+    """Takes as many inputs as it is given."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.cat(inputs, 1).tanh()
+
+
 class DependsOnData(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.sum() > 0 else x
@@ -93,13 +100,17 @@ def single() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), (torch.randn(1, 4),)
 
 
+def any_inputs() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return AnyInputs(), (torch.randn(2, 3), torch.randn(2, 4))
+
+
 def graph() -> tuple[nn.Module, tuple[Tensor, ...]]:
     model, inputs = residual()
     sizes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
     return torch.export.export(model.eval(), inputs, dynamic_shapes=sizes).module(), inputs
 
 
-@pytest.mark.parametrize("make", [residual, attention, single, graph])
+@pytest.mark.parametrize("make", [residual, attention, single, any_inputs, graph])
 def test_the_file_computes_what_the_model_does_at_any_batch_size(make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, inputs = make()
     modes = [m.training for m in model.modules()]
@@ -134,6 +145,8 @@ def test_a_refused_file_leaves_an_earlier_one_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="disagrees"):
         to_onnx(Deceitful(), torch.randn(4, 5), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
+    to_onnx(nn.Linear(5, 2), torch.randn(4, 5), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() != b"earlier" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_tolerance_is_what_decides(tmp_path: Path) -> None:
@@ -174,6 +187,22 @@ def test_timings_are_well_formed(tmp_path: Path) -> None:
         for q in (t.wall, t.cpu, t.ratio):
             assert 0 <= q.low <= q.median <= q.high < float("inf")
         assert t.name == "compressed" or (t.ratio == Quartiles(1, 1, 1) and faster(t) is None)
+
+
+def test_the_ratio_is_to_the_first_file_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([2.0, 1.0, 6.0, 4.0, 8.0, 2.0, 1.0, 2.0, 4.0, 2.0])  # slow, quick | quick, slow | slow, quick | ...
+    asked: list[str] = []
+
+    def reading(path: str, threads: int, inputs: list[np.ndarray]) -> tuple[float, float]:
+        asked.append(path)
+        return (taken := next(readings)), taken / 2
+
+    monkeypatch.setattr(latency, "_reading", reading)
+    slow, quick = compare_latency({"original": "slow", "compressed": "quick"}, np.ones((1, 2), np.float32), rounds=5, batches=(3,))
+    assert asked == ["slow", "quick", "quick", "slow", "slow", "quick", "quick", "slow", "slow", "quick"]
+    assert slow.wall == Quartiles(2000, 4000, 4000) and slow.cpu == Quartiles(1000, 2000, 2000)
+    assert quick.wall == Quartiles(1000, 2000, 2000)
+    assert quick.ratio == Quartiles(0.5, 0.5, 0.5) and faster(quick) is True
 
 
 def test_latency_refuses_what_it_cannot_time(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _readings(paths: Mapping[str, str | Path], threads: int, inputs: list[np.nda
     files, start = list(paths.values()), time.perf_counter()
     taken: list[np.ndarray] = []
     while len(taken) < rounds and (len(taken) < FEWEST or time.perf_counter() - start < seconds):
-        turn = 1 if len(taken) % 2 else -1
+        turn = -1 if len(taken) % 2 else 1
         taken.append(np.array([_reading(file, threads, inputs) for file in files[::turn]])[::turn])
     return np.stack(taken)
 

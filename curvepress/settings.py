@@ -1,0 +1,91 @@
+"""What the stages are asked, as people write it, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recipe import Recipe
+from .training import fit
+
+FIT: Mapping[str, Any] = {
+    "epochs": 1,
+    "lr": 0.01,
+    "optimizer": "sgd",
+    "schedule": "cosine",
+    "milestones": [],
+    "weight_decay": 1e-4,
+    "distill": 0.0,
+    "precision": "full",
+}
+"""The settings of the fine-tune where neither the user nor the recipe has others."""
+
+
+def limits(params: str | None, bytes: str | None, macs: str | None) -> dict[str, float | int | None]:
+    """The budget by cost: a float is a share of the original (from 0.5 or 50%), an integer an absolute number.
+
+    Raises:
+        ValueError: if a limit is neither, or together they limit nothing.
+    """
+    given = {"params": params, "bytes": bytes, "macs": macs}
+    found = {name: None if text is None else _limit(name, text) for name, text in given.items()}
+    if all(v is None for v in found.values()):
+        raise ValueError("no budget is given; say how small, such as --params 0.5, --macs 40% or --bytes 100000")
+    if all(v in (None, 1.0) for v in found.values()):
+        said = " ".join(f"--{name} {text}" for name, text in given.items() if text is not None)
+        raise ValueError(f"{said} is the whole model; ask for a share below 1, such as 0.5 or 50%, or for a number such as 100000")
+    return found
+
+
+def _limit(name: str, text: str) -> float | int:
+    share = text.strip().endswith("%")
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if share else 1)
+    except ValueError:
+        value = float("nan")
+    if 0 < value <= 1:
+        return value
+    if not share and 1 < value < float("inf") and value == int(value):
+        return int(value)
+    raise ValueError(f"--{name} must be a share above 0 and up to 1 (0.5 or 50%), or a whole number above 1; got {text!r}")
+
+
+def tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the fine-tune: those given (not ``None``), else the recipe's own, else the usual ones.
+
+    Raises:
+        ValueError: if one is unknown, of a wrong type or out of range.
+    """
+    if unknown := set(recipe.recovery) - set(FIT):
+        raise ValueError(f"{recipe.name}: RECOVERY has unknown settings {', '.join(map(repr, unknown))}; allowed are {', '.join(FIT)}")
+    own = {k: v for k, v in given.items() if v is not None}
+    chosen = {**FIT, **recipe.recovery, **own}
+    if chosen["schedule"] != "step" and "milestones" not in own:
+        chosen["milestones"] = []  # the recipe's belong to the recipe's schedule
+    for name, value in chosen.items():
+        kind = (int, float) if isinstance(FIT[name], float) else (list, tuple) if name == "milestones" else type(FIT[name])
+        if not isinstance(value, kind):
+            raise ValueError(f"{recipe.name}: RECOVERY[{name!r}] must be like {FIT[name]!r}; got {value!r}")
+    try:
+        _try(descent({**chosen, "seed": 0}))
+    except ValueError as error:
+        raise ValueError(f"the fine-tune cannot be done so: {error}; change the option, or RECOVERY in {recipe.name}") from error
+    return {**chosen, "milestones": list(chosen["milestones"])}
+
+
+def descent(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the fine-tune as :func:`curvepress.fit` takes them."""
+    same = ("epochs", "lr", "optimizer", "schedule", "weight_decay", "precision", "seed")
+    given = {**{k: settings[k] for k in same}, "milestones": tuple(settings["milestones"])}
+    return {**given, "distill_weight": settings["distill"]} if settings["distill"] else given
+
+
+def _try(given: Mapping[str, Any]) -> None:
+    """Have the settings checked by the one who knows, on a model of one weight and without a step."""
+    if given["epochs"] < 0:
+        raise ValueError(f"epochs must be 0 or more; got {given['epochs']}")
+    with torch.random.fork_rng(devices=[]):
+        fit(nn.Linear(1, 1), nn.MSELoss(), lambda seed: [], **{**given, "epochs": 0})

@@ -1,0 +1,118 @@
+"""What the command line shows: tables, progress, and what went wrong in one message."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import report as reports
+from .cost import Cost
+from .desk import Progress as Show
+from .pipeline import Outcome
+from .structure import Group, Structure
+
+console, errors = Console(), Console(stderr=True)
+
+
+def say(*parts: str) -> None:
+    """Print a line as it is: not wrapped, brackets and paths untouched."""
+    console.print(*parts, highlight=False, markup=False, soft_wrap=True)
+
+
+def complain(text: str, style: str = "bold red") -> None:
+    """Print a message on the error stream, likewise."""
+    errors.print(Text.assemble(("curvepress: ", style), text), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What goes wrong in the body is said in one message, and the program ends: with status 1, or 130 where it was interrupted."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _noted
+        try:
+            yield
+        except ValueError as error:
+            complain(str(error))
+            sys.exit(1)
+        except OSError as error:
+            complain(_said(error))
+            sys.exit(1)
+        except KeyboardInterrupt:
+            complain("interrupted; the same command goes on from here")
+            sys.exit(130)
+
+
+def _said(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    way_out = "free the disk or choose another folder, and run the same command"
+    return f"{where}{error.strerror or error}; nothing half-written is left: {way_out}"
+
+
+def _noted(message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    complain(str(message) if ours else f"{category.__name__}: {message} ({filename}, line {lineno})", "yellow")
+
+
+@contextmanager
+def bars(stage: str) -> Iterator[Show]:
+    """Progress bars on a terminal; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as shown:
+        tasks = {"": shown.add_task(stage, total=None)}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(f"{stage}: {what}", total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def tell(stage: str, outcome: Outcome) -> None:
+    """One line on a stage: what it took, and what it wrote."""
+    taken = outcome.entry.taken
+    how = "done before" if outcome.kept else f"{taken['wall']:.1f} s, peak {taken['peak']:.0f} MiB"
+    say(f"{stage:8} {how:24} {', '.join(outcome.entry.outputs)}")
+
+
+def clock(seconds: float) -> str:
+    """A duration, roughly."""
+    if seconds < 1:
+        return "less than 1 s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_groups(structure: Structure) -> None:
+    """A table of the groups of a model."""
+    table = Table("group", "kind", "channels", "tensors", "may be cut")
+    for g in structure.groups:
+        table.add_row(Text(g.name), g.kind, str(g.size), str(len(g.members)), Text(_may_be_cut(g)))
+    console.print(table)
+
+
+def _may_be_cut(group: Group) -> str:
+    return f"no: {group.frozen}" if group.frozen else "yes" if group.size > 1 else "no: one channel"
+
+
+def show_costs(before: Cost, after: Cost) -> None:
+    """A table of the costs of the whole model and of a plan."""
+    table = Table("", "original", "plan", "ratio")
+    for name, old in vars(before).items():
+        new = getattr(after, name)
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
+    console.print(table)
+
+
+def show_report(report: reports.Report, page: Path) -> None:
+    """The report in words, and where its page is."""
+    say(reports.text(report))
+    say(f"report: {page.resolve()}")
