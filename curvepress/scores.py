@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Estimate, average, gradient, hessian_diagonal
-from .objective import Batches, Loss, batch_size
+from .objective import Batch, Batches, Loss, batch_size
 from .structure import Group, Member, Structure
 
 LOSS_UNIT = "rise of the loss"
@@ -43,6 +43,8 @@ def _flat(scores: Scores) -> tuple[object, ...]:
     return (arrays, scores.method, scores.unit, scores.samples, scores.seed)
 
 
+Sample = dict[str, np.ndarray]
+"""One independent sample of every score: group -> ``[channels]``."""
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples wanted)."""
 
@@ -58,12 +60,15 @@ def score(
     probes: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
+    done: MutableMapping[int, Sample] | None = None,
 ) -> Scores:
     """Scores of every channel of ``structure`` by ``method``, one of :data:`METHODS`.
 
     Args:
         batches: the calibration batches; the first ``samples`` of them are used, one independent sample each.
         probes: random vectors per batch (``hessian_trace`` only).
+        done: samples by number; those in it are not computed again, and new ones are put in, so that long work can go on
+            where it stopped.
 
     Raises:
         ValueError: if the method is unknown, nothing can be cut, there are too few batches, or the loss fails.
@@ -76,7 +81,7 @@ def score(
     training = model.training
     model.eval()
     try:
-        return METHODS[method](model, structure, Task(loss, batches, samples, probes, seed, progress))
+        return METHODS[method](model, structure, Task(loss, batches, samples, probes, seed, progress, {} if done is None else done))
     finally:
         model.train(training)
 
@@ -91,6 +96,12 @@ class Task:
     probes: int
     seed: int
     progress: Progress | None
+    done: MutableMapping[int, Sample]
+
+    def generator(self, number: int) -> torch.Generator:
+        """The random numbers of one sample, the same in whatever order the samples are made."""
+        entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(entropy[0] >> 1))
 
 
 def hessian_trace(model: nn.Module, structure: Structure, task: Task) -> Scores:
@@ -100,11 +111,10 @@ def hessian_trace(model: nn.Module, structure: Structure, task: Task) -> Scores:
     Optimal Neural Implant", WACV 2022).  ``p_c`` counts the channel's weights in that tensor.
     """
     weights = _weights(model, structure)
-    generator = torch.Generator().manual_seed(task.seed)
     factors = {g.name: [_half_mean_square(m, weights[m.tensor]) for m in _producers(g, weights)] for g in structure.free}
 
-    def sample(batch: tuple[object, object]) -> dict[str, np.ndarray]:
-        diagonal = hessian_diagonal(model, task.loss, batch, list(weights), probes=task.probes, generator=generator)
+    def sample(number: int, batch: Batch) -> Sample:
+        diagonal = hessian_diagonal(model, task.loss, batch, list(weights), probes=task.probes, generator=task.generator(number))
         return {
             g.name: sum(f * per_channel(m, diagonal[m.tensor]) for m, f in zip(_producers(g, weights), factors[g.name], strict=True))
             for g in structure.free
@@ -120,7 +130,7 @@ def taylor(model: nn.Module, structure: Structure, task: Task) -> Scores:
     """
     weights = _weights(model, structure)
 
-    def sample(batch: tuple[object, object]) -> dict[str, np.ndarray]:
+    def sample(number: int, batch: Batch) -> Sample:
         slopes = gradient(model, task.loss, batch, list(weights))
         moved = {n: slopes[n] * w for n, w in weights.items()}
         return {g.name: np.abs(sum(per_channel(m, moved[m.tensor]) for m in _producers(g, weights))) for g in structure.free}
@@ -171,10 +181,12 @@ def _half_mean_square(member: Member, weight: Tensor) -> np.ndarray:
     return per_channel(member, weight.square()) / (2 * per_channel(member, torch.ones_like(weight)))
 
 
-def _averaged(sample: Callable[..., dict[str, np.ndarray]], task: Task, method: str, unit: str) -> Scores:
+def _averaged(sample: Callable[[int, Batch], Sample], task: Task, method: str, unit: str) -> Scores:
     rows, sizes = [], []
-    for batch in islice(task.batches, task.samples):
-        rows.append(sample(batch))
+    for number, batch in enumerate(islice(task.batches, task.samples)):
+        if number not in task.done:
+            task.done[number] = sample(number, batch)
+        rows.append(task.done[number])
         sizes.append(batch_size(batch))
         if task.progress:
             task.progress(len(rows), task.samples)

@@ -105,6 +105,19 @@ def test_another_seed_gives_other_scores(method: str) -> None:
     )
 
 
+def test_samples_done_before_are_not_computed_again_and_change_nothing() -> None:
+    model, structure, batches = setting("vgg", 4)
+    whole = score(model, F.cross_entropy, batches, structure, samples=4, seed=5)
+    done: dict[int, dict[str, np.ndarray]] = {}
+    with pytest.raises(ValueError, match="is nan"):
+        score(
+            model, F.cross_entropy, [*batches[:2], (batches[2][0] * float("nan"), batches[2][1])], structure, samples=4, seed=5, done=done
+        )
+    assert list(done) == [0, 1]
+    spoiled = [(x * float("nan"), y) for x, y in batches[:2]]
+    assert score(model, F.cross_entropy, [*spoiled, *batches[2:]], structure, samples=4, seed=5, done=done) == whole
+
+
 def test_predictions_add_up() -> None:
     model, structure, batches = setting("vgg")
     scores = score(model, F.cross_entropy, batches, structure, method="taylor")

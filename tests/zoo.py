@@ -328,12 +328,15 @@ class Odd(nn.Module):
         return self.head(self.b(self.a(x).cumsum(1)).mean((2, 3)))
 
 
+PLAIN = (
+    PreActivation, VGG, ConstantView, DenseNet, MobileNet, ResNeXt, ShuffleNet, ShuffleNetV2, UNet, Inception, ConvNeXt, GroupNormNet,
+    GroupedView, MLP, GatedMLP, Shared, Tied, Volume, Attention, Odd,
+)  # fmt: skip
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet(padded=False),
     "resnet_padded": lambda: ResNet(padded=True),
-    **{f.__name__.lower(): f for f in (PreActivation, VGG, ConstantView, DenseNet, MobileNet, ResNeXt, ShuffleNet, ShuffleNetV2, UNet,
-                                       Inception, ConvNeXt, GroupNormNet, GroupedView, MLP, GatedMLP, Shared, Tied, Volume, Attention, Odd)},
-}  # fmt: skip
+    **{f.__name__.lower(): f for f in PLAIN},
+}
 
 
 @dataclass(frozen=True)
