@@ -2,6 +2,7 @@
 
     python -m benchmarks.cifar10 measure --depth 20 --seeds 0 1 --shares 0.5 0.3     # resumes; hours on one core
     python -m benchmarks.cifar10 latency                                            # minutes; leave the machine alone
+    python -m benchmarks.cifar10 widths                                             # a minute, likewise
     python -m benchmarks.cifar10 table                                              # prints the README's table
 
 Figures are of the test images, which no choice looks at.  The budget is a share of the parameters; multiply-accumulates and
@@ -38,6 +39,7 @@ METHODS = ("random", "magnitude", "taylor", "hessian_trace")
 PEER = "torch-pruning"
 EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
+MULTIPLES = (1, 4, 8, 16)
 
 
 def measure(depth: int, seeds: list[int], shares: list[float], methods: list[str]) -> None:
@@ -120,6 +122,29 @@ def _raced(original: Path, small: Path) -> dict[str, Any]:
     }
 
 
+def widths() -> None:
+    """Latency of ResNet-20 at half its parameters, with widths held to multiples: not trained, for time only."""
+    model, example, folder = recipe.model(), recipe.example(), MODELS / "widths"
+    structure = trace(model, example)
+    scores = score(model, recipe.loss, recipe.batches("calibration"), structure, method="taylor", samples=16)
+    plans = {m: search(structure, scores, at_most(params=0.5), multiple=m) for m in MULTIPLES}
+    paths = {m: folder / f"{m}.onnx" for m in (0, *MULTIPLES)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for m, path in paths.items():
+        to_onnx(apply(model, plans[m], example) if m else model, example, path)
+    for t in compare_latency({str(m): p for m, p in paths.items()}, example.numpy(), seconds=30.0):
+        key = {"multiple": int(t.name), "batch": t.batch}
+        ratio = {"ratio": t.ratio.median, "low": t.ratio.low, "high": t.ratio.high, "milliseconds": t.wall.median}
+        costs = vars(cost(plans[int(t.name)] if int(t.name) else Plan(structure)))
+        records.once(HERE / "cifar10_widths.jsonl", key, lambda ratio=ratio, costs=costs: ratio | costs)
+    print("| widths in multiples of | parameters | MACs | latency, batch 1 | batch 64 |\n|---|---|---|---|---|")
+    rows = {(r["multiple"], r["batch"]): r for r in records.read(HERE / "cifar10_widths.jsonl")}
+    for m in MULTIPLES:
+        one, many, whole = rows[m, 1], rows[m, 64], rows[0, 1]
+        params, macs = (one[k] / whole[k] for k in ("params", "macs"))
+        print(f"| {m} | {params:.1%} | {macs:.2f} | {one['ratio']:.2f} | {many['ratio']:.2f} |")
+
+
 def table() -> None:
     """Print the table in Markdown: means over seeds, and half the spread where there are several."""
     rows = records.read(FILE)
@@ -161,7 +186,7 @@ def _spread(values: list[float], form: str = "{:.2f}") -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "latency", "table"))
+    parser.add_argument("what", choices=("measure", "latency", "widths", "table"))
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
@@ -171,7 +196,7 @@ def main() -> None:
     if options.what == "measure":
         measure(options.depth, options.seeds, options.shares, options.methods)
     else:
-        {"latency": latency, "table": table}[options.what]()
+        {"latency": latency, "widths": widths, "table": table}[options.what]()
 
 
 if __name__ == "__main__":
