@@ -18,7 +18,7 @@ from benchmarks import records
 
 FILE = Path(__file__).parent / "results" / "stages.jsonl"
 DEPTHS = (20, 56)
-SETTINGS = ("--params", "0.5", "--samples", "8", "--probes", "4", "--epochs", "1", "--distill", "0", "--threads", "1")
+SETTINGS = ("--params", "0.5", "--samples", "8", "--probes", "2", "--epochs", "1", "--distill", "0", "--precision", "bfloat16")
 
 
 def run() -> None:
@@ -29,8 +29,8 @@ def run() -> None:
 
 def _measured(depth: int) -> records.Record:
     folder = Path("runs/benchmarks") / f"stages-{depth}"
-    command = ["curvepress", "compress", "cifar10", "--option", f"depth={depth}", *SETTINGS, "--out", str(folder)]
-    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
+    command = ["-m", "curvepress.cli", "compress", "cifar10", "--option", f"depth={depth}", *SETTINGS, "--out", str(folder)]
+    subprocess.run([sys.executable, *command], check=True)
     return {"stages": json.loads((folder / "metrics.json").read_text())["stages"]}
 
 

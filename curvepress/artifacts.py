@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .files import write_bytes, write_text
 from .plan import Plan, dumps
-from .scores import Scores
+from .scores import Sample, Scores
 from .structure import Structure, structure_from_dict, structure_to_dict
 from .surgery import apply
 from .tracing import model_tensors
 
 MODEL = "curvepress model"
+SAMPLE = "curvepress sample of scores"
 SCORES: Mapping[str, Any] = {"format": "curvepress scores", "version": 1}
 STRUCTURE: Mapping[str, Any] = {"format": "curvepress structure", "version": 1}
 
@@ -105,6 +106,33 @@ def load_scores(folder: Path) -> Scores:
         return Scores(values, stderr, about["method"], about["unit"], about["samples"], about["seed"])
     except KeyError as error:
         raise ValueError(f"the scores in {folder} are damaged: {error} is missing; make them again with `curvepress score`") from None
+
+
+class StoredSamples(MutableMapping[int, Sample]):
+    """Samples of scores by number, one file each in a folder, so that scoring can go on where it stopped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, number: int) -> Sample:
+        if not self._path(number).exists():
+            raise KeyError(number)
+        return {g: t.numpy() for g, t in _read_tensors(self._path(number), SAMPLE).items()}
+
+    def __setitem__(self, number: int, sample: Sample) -> None:
+        write_bytes(self._path(number), safetensors.numpy.save(dict(sample), {"format": SAMPLE}))
+
+    def __delitem__(self, number: int) -> None:
+        self._path(number).unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(p.stem) for p in self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.safetensors"
 
 
 def read_json(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:

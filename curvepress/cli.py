@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
@@ -21,7 +21,7 @@ from .objective import batch_loss
 from .pipeline import STAGES, check_budget, costs, keep_stage, run_stage
 from .planner import PER
 from .recipe import Recipe, load_recipe
-from .runs import Run, create, open_run
+from .runs import Run, create, open_run, sweep
 from .scores import METHODS
 from .settings import limits, tuning
 from .terminal import bars, clock, explained, say, show_costs, show_groups, show_report, tell
@@ -37,17 +37,23 @@ app = typer.Typer(
 SCORE, BUDGET, RECOVERY = "Scores", "Budget (one or more)", "Recovery (without them the recipe's own settings)"
 
 
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(values)
+def _choice(panel: str, what: str, values: Iterable[str]) -> Any:
+    """An option that takes one of the values."""
 
-
-def _one_of(allowed: Iterable[str]) -> Callable[[str | None], str | None]:
     def checked(value: str | None) -> str | None:
-        if value is not None and value not in allowed:
-            raise typer.BadParameter(f"{value!r} is not one of {_listed(allowed)}")
+        if value is not None and value not in values:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(values)}")
         return value
 
-    return checked
+    return typer.Option(help=f"{what}: {', '.join(values)}", callback=checked, rich_help_panel=panel)
+
+
+def _limit(what: str) -> Any:
+    return typer.Option(metavar="LIMIT", help=what, rich_help_panel=BUDGET)
+
+
+def _tuned(what: str, **more: Any) -> Any:
+    return typer.Option(help=what, rich_help_panel=RECOVERY, **more)
 
 
 RecipeName = Annotated[str, typer.Argument(help="a Python file with the five functions of a recipe, or a shipped one: digits, cifar10")]
@@ -59,42 +65,25 @@ Seed = Annotated[int, typer.Option(min=0, help="of every random choice")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads that torch and the runtime use")]
 Again = Annotated[bool, typer.Option("--again", help="do stages again that were done with other settings, or whose files were changed")]
 
-Method = Annotated[str, typer.Option(help=f"the score: {_listed(METHODS)}", callback=_one_of(METHODS), rich_help_panel=SCORE)]
+Method = Annotated[str, _choice(SCORE, "the score", METHODS)]
 Samples = Annotated[int, typer.Option(min=2, help="calibration batches the scores are averaged over", rich_help_panel=SCORE)]
 Probes = Annotated[int, typer.Option(min=1, help="random probes a batch (hessian_trace)", rich_help_panel=SCORE)]
 
-Params = Annotated[
-    str | None,
-    typer.Option(metavar="LIMIT", help="parameters at most: a share (0.5 or 50%) of the original, or a number", rich_help_panel=BUDGET),
-]
-Bytes = Annotated[str | None, typer.Option(metavar="LIMIT", help="bytes of the stored tensors at most, likewise", rich_help_panel=BUDGET)]
-Macs = Annotated[str | None, typer.Option(metavar="LIMIT", help="multiply-accumulates at most, likewise", rich_help_panel=BUDGET)]
-Per = Annotated[
-    str, typer.Option(help=f"what a channel's score is divided by: {_listed(PER)}", callback=_one_of(PER), rich_help_panel=BUDGET)
-]
+Params = Annotated[str | None, _limit("parameters at most: a share (0.5 or 50%) of the original, or a number")]
+Bytes = Annotated[str | None, _limit("bytes of the stored tensors at most, likewise")]
+Macs = Annotated[str | None, _limit("multiply-accumulates at most, likewise")]
+Per = Annotated[str, _choice(BUDGET, "what a channel's score is divided by", PER)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
-Epochs = Annotated[int | None, typer.Option(min=0, help="epochs of the fine-tune, else 1", rich_help_panel=RECOVERY)]
-Lr = Annotated[float | None, typer.Option(help="learning rate, else 0.01", rich_help_panel=RECOVERY)]
-Optimizer = Annotated[
-    str | None, typer.Option(help=f"{_listed(OPTIMIZERS)}; else sgd", callback=_one_of(OPTIMIZERS), rich_help_panel=RECOVERY)
-]
-Schedule = Annotated[
-    str | None, typer.Option(help=f"{_listed(SCHEDULES)}; else cosine", callback=_one_of(SCHEDULES), rich_help_panel=RECOVERY)
-]
-Milestones = Annotated[
-    list[int] | None, typer.Option(help="epoch after which the step schedule divides by ten; may be repeated", rich_help_panel=RECOVERY)
-]
-WeightDecay = Annotated[float | None, typer.Option(help="weight decay, else 0.0001", rich_help_panel=RECOVERY)]
-Distill = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="weight of learning from the original model's outputs, else 0", rich_help_panel=RECOVERY),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(help="full, or bfloat16 for mixed precision; else full", callback=_one_of(PRECISIONS), rich_help_panel=RECOVERY),
-]
+Epochs = Annotated[int | None, _tuned("epochs of the fine-tune, else 1", min=0)]
+Lr = Annotated[float | None, _tuned("learning rate, else 0.01")]
+Optimizer = Annotated[str | None, _choice(RECOVERY, "the optimizer, else the first", OPTIMIZERS)]
+Schedule = Annotated[str | None, _choice(RECOVERY, "how the learning rate falls, else the first", SCHEDULES)]
+Milestones = Annotated[list[int] | None, _tuned("epoch after which the step schedule divides by ten; may be repeated")]
+WeightDecay = Annotated[float | None, _tuned("weight decay, else 0.0001")]
+Distill = Annotated[float | None, _tuned("weight of learning from the original model's outputs, else 0", min=0, max=1)]
+Precision = Annotated[str | None, _choice(RECOVERY, "precision of the arithmetic, else the first", PRECISIONS)]
 
 BATCHES = (1, 64)
 
@@ -234,18 +223,23 @@ def _pairs(given: list[str] | None, data: str | None) -> dict[str, str]:
 
 @contextmanager
 def _started(folder: Path, task: Recipe) -> Iterator[Run]:
-    """The run of a recipe in a folder, alone there."""
-    create(folder, task.name, task.options)
+    """The run of a recipe in a folder, which is made if missing, alone there."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
     with alone_in(folder):
-        yield open_run(folder)
+        run = create(folder, task.name, task.options)
+        sweep(folder)
+        yield run
 
 
 @contextmanager
 def _continued(folder: Path) -> Iterator[tuple[Run, Recipe]]:
     """The run in a folder and its recipe, alone there."""
-    run = open_run(folder)
+    open_run(folder)
     with alone_in(folder):
-        yield open_run(folder), load_recipe(run.recipe, run.options)
+        run = open_run(folder)
+        sweep(folder)
+        yield run, load_recipe(run.recipe, run.options)
 
 
 def _done(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any]) -> Run:
@@ -274,8 +268,9 @@ def _estimate(run: Run, task: Recipe, settings: Mapping[str, Mapping[str, Any]])
     work, epochs, batches = settings["score"], settings["fit"]["epochs"], task.batches("train")
     steps = {"hessian_trace": 2 + 2.5 * work["probes"], "taylor": 1}.get(work["method"], 0) * work["samples"]
     scores = "" if "score" in run.stages else f"{clock(steps * seconds)} for scores, "
-    recovery = f"at most {clock(epochs * len(batches) * seconds)} for recovery" if isinstance(batches, Sized) else "recovery unknown"
-    say(f"estimate {scores}{recovery}, on {torch.get_num_threads()} thread(s)")
+    passes = epochs * (1.35 if settings["fit"]["distill"] else 1)  # the teacher looks at every batch too
+    recovery = clock(passes * len(batches) * seconds) if isinstance(batches, Sized) else "unknown"
+    say(f"estimate {scores}{recovery} for the training steps of the recovery, on {torch.get_num_threads()} thread(s)")
 
 
 def _step_seconds(model: torch.nn.Module, task: Recipe, batch: Any) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 try:
@@ -35,6 +36,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def halves(path: Path) -> list[Path]:
+    """What killed processes left of ``path`` half-written."""
+    return list(path.parent.glob(f".{escape(path.name)}.*.tmp"))
+
+
 def write_text(path: Path, text: str) -> None:
     """The same for text."""
     write_bytes(path, text.encode())
@@ -48,7 +54,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder, and sweep up what killed ones left half-written.
+    """Keep other processes that ask for the same out of a folder.
 
     Raises:
         ValueError: if another process is at work there.
@@ -57,8 +63,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         with suppress(AttributeError, OSError):  # no locks on this system or this disk
             _lock(handle, folder)
-        for half in folder.glob(".*.tmp"):
-            half.unlink()
         yield
     finally:
         os.close(handle)  # which unlocks

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import report as reports
-from .artifacts import fill, load_scores, load_structure, read_json, save, save_scores, save_structure
+from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
 from .cost import Cost, cost
 from .desk import Desk, Progress
@@ -72,7 +72,9 @@ def _score(desk: Desk, settings: Settings) -> None:
     recipe, structure = desk.recipe, load_structure(desk.path("structure.json"))
     given = {k: settings[k] for k in ("method", "samples", "probes", "seed")}
     batches = recipe.batches("calibration", seed=settings["seed"])
-    scores = score(desk.original(), recipe.loss, batches, structure, **given, progress=partial(desk.progress, "calibration batches"))
+    done = StoredSamples(scratch(desk.run, "score", settings))
+    tell = partial(desk.progress, "calibration batches")
+    scores = score(desk.original(), recipe.loss, batches, structure, **given, progress=tell, done=done)
     save_scores(scores, desk.run.folder)
 
 
@@ -91,7 +93,9 @@ def _searched(structure: Structure, scores: Scores, settings: Settings) -> Plan:
         raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
     if not plan.keep:
         whole = ", ".join(f"{v:,} {k}" for k, v in asdict(cost(plan)).items())
-        raise ValueError(f"the whole model ({whole}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less")
+        raise ValueError(
+            f"the whole model ({whole}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less"
+        )
     return plan
 
 

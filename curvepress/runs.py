@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import read_json
-from .files import digest, write_text
+from .files import digest, halves, write_text
 from .metering import Taken
 from .plan import dumps
 
@@ -101,7 +101,7 @@ def _listed(options: Mapping[str, str]) -> str:
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
-    if found := [p.name for p in folder.glob("*") if not p.name.endswith(".tmp")]:
+    if found := [p.name for p in set(folder.glob("*")) - set(halves(folder / MANIFEST))]:
         raise ValueError(f"{folder} holds other files ({', '.join(sorted(found)[:3])}) and no run; choose a new or empty folder")
 
 
@@ -122,6 +122,13 @@ def open_run(folder: Path) -> Run:
     if run.recipe.endswith(".py") and (not Path(run.recipe).is_absolute() or Path(run.recipe).is_relative_to(folder.resolve())):
         raise ValueError(f"{folder / MANIFEST} names the recipe {run.recipe}; code that came with a run is not run, keep it elsewhere")
     return run
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written of a run's files."""
+    for name in (MANIFEST, *_MAKER):
+        for half in halves(folder / name):
+            half.unlink()
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
@@ -171,9 +178,9 @@ def _require(run: Run, stage: str, now: Callable[[str], str]) -> None:
         entry, path = run.stages.get(maker), run.folder / name
         if name == PLAN and now(name) and (entry is None or now(name) != entry.outputs.get(name)):
             continue
+        _require(run, maker, now)  # the first cause first
         if fault := _fault(entry, name, now):
             raise ValueError(f"{path} {fault}; run {command(run, maker)} to make it")
-        _require(run, maker, now)
 
 
 def _fault(entry: Entry | None, name: str, now: Callable[[str], str]) -> str:

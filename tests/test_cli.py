@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -10,11 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from curvepress import cli, files, pipeline
+from curvepress import cli, files, pipeline, scores
 from curvepress import report as reports
 from curvepress.export import Agreement, Quartiles, Timing
 from curvepress.plan import from_json, to_json
@@ -175,7 +175,7 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_result(
     def deadly(source: Path, target: Path) -> None:
         left[0] -= 1
         if not left[0] and not after:
-            shutil.copy(source, source.with_name(f".left{source.name}"))  # as a kill would leave it
+            shutil.copy(source, source.with_name(source.name.replace(f".{os.getpid()}.", ".1.")))  # as a kill would leave it
         else:
             replace(source, target)
         if not left[0]:
@@ -220,6 +220,26 @@ def test_a_process_killed_in_the_fine_tune_goes_on_to_the_same_result(first: Pat
     assert bytes_of(tmp_path / "run") == bytes_of(first)
 
 
+def test_scores_killed_half_way_go_on_from_their_samples(
+    first: Path, recipe: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    computed = []
+    diagonal = scores.hessian_diagonal
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        computed.append(1)
+        if len(computed) == 3:
+            raise Killed
+        return diagonal(*args, **kwargs)
+
+    monkeypatch.setattr(scores, "hessian_diagonal", deadly)
+    with pytest.raises(Killed):
+        typed(*compress(tmp_path / "run", recipe))
+    assert typed(*compress(tmp_path / "run", recipe)).code == 0
+    assert len(computed) == 3 + 2  # of four samples
+    assert bytes_of(tmp_path / "run") == bytes_of(first)
+
+
 @pytest.mark.parametrize("nth", [1, 2, 4, 6, 9, 11, 14, 17])
 def test_a_full_disk_is_said_with_the_file_and_the_run_goes_on(
     first: Path, recipe: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, nth: int
@@ -255,21 +275,16 @@ def test_an_interruption_is_said(recipe: Path, tmp_path: Path):
     assert (said.code, said.err) == (130, "curvepress: interrupted; the same command goes on from here\n")
 
 
-class Exploit:
-    """A pickle that leaves a mark when it is read."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
-        return os.mkdir, (str(self.mark),)
+def exploit(mark: Path) -> bytes:
+    """A pickle that makes a folder when it is read."""
+    return f"cos\nmkdir\n(V{mark}\ntR.".encode()
 
 
 SPOILERS: dict[str, Callable[[Path], bytes]] = {
     "truncated": lambda path: path.read_bytes()[: path.stat().st_size // 2],
     "empty": lambda path: b"",
     "flipped": lambda path: path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]),
-    "a pickle": lambda path: pickle.dumps(Exploit(path.with_name("executed"))),
+    "a pickle": lambda path: exploit(path.with_name("executed")),
     "a list": lambda path: b"[1, 2]",
     "deep": lambda path: b"[" * 100_000,
 }
@@ -345,6 +360,55 @@ def test_a_recipe_that_changed_is_refused_and_one_that_moved_is_not(recipe: Path
     moved.write_text(moved.read_text() + "# more\n")
     message = refused(*compress(tmp_path / "run", moved))
     assert "stage 'trace' was done otherwise (the recipe's code has changed)" in message
+
+
+def test_again_after_a_change_of_the_recipe_does_all_that_ran_its_code(recipe: Path, tmp_path: Path, quick: None):
+    assert typed(*compress(tmp_path / "run", recipe)).code == 0
+    recipe.write_text(recipe.read_text().replace("return F.cross_entropy(output, targets)", "return 2 * F.cross_entropy(output, targets)"))
+    assert typed(*compress(tmp_path / "run", recipe, "--again")).code == 0
+    assert typed(*compress(tmp_path / "fresh", recipe)).code == 0
+    assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "fresh")
+
+
+def test_a_stage_that_is_asked_for_by_name_is_done_again(first: Path, finished: Path):
+    said = typed("fit", finished, "--epochs", "3")
+    assert said.code == 0 and "done before" not in said.out
+    assert bytes_of(finished, ("history.json",)) != bytes_of(first, ("history.json",))
+    assert "done before" not in typed("fit", finished).out
+    assert bytes_of(finished) == bytes_of(first)
+
+
+def test_a_model_that_fails_in_the_middle_of_a_stage_is_said(recipe: Path, tmp_path: Path, quick: None):
+    trap = "    network.register_forward_pre_hook(lambda m, x: {}['lost'] if m.training else None)\n    return network"
+    recipe.write_text(recipe.read_text().replace("    return network", trap))
+    message = refused(*compress(tmp_path / "run", recipe))
+    assert f"{recipe}: the stage 'fit' failed: KeyError: 'lost' (line " in message
+
+
+def test_a_model_that_cannot_be_built_untrained_is_refused(recipe: Path, tmp_path: Path):
+    text = recipe.read_text().replace("    network = ", "    width = width if trained else 5\n    network = ")
+    recipe.write_text(text)
+    message = refused(*compress(tmp_path / "run", recipe))
+    assert "model(trained=False) makes another model than model(): 0.weight is (12, 6) torch.float32 there and (5, 6)" in message
+    assert not (tmp_path / "run" / "original.safetensors").exists()
+
+
+def test_a_model_in_which_nothing_can_be_cut_is_refused(recipe: Path, tmp_path: Path):
+    recipe.write_text(recipe.read_text().replace("    return network", "    return nn.Linear(6, 3)"))
+    assert "nothing in this model can be cut: model output; reads" in refused(*compress(tmp_path / "run", recipe))
+
+
+def test_the_report_tells_the_threads_the_work_ran_on(finished: Path):
+    assert typed("fit", finished, "--threads", "2").code == 0
+    assert typed("export", finished).code == 0
+    assert typed("report", finished).code == 0
+    assert cli.read_report(cli.open_run(finished)).environment["threads"] == "1, 2"
+
+
+def test_a_run_without_training_is_a_run(recipe: Path, tmp_path: Path, quick: None):
+    assert typed(*compress(tmp_path / "run", recipe, "--epochs", "0")).code == 0
+    small, pruned = ((tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "pruned.safetensors"))
+    assert small == pruned
 
 
 def test_code_that_came_with_a_run_is_not_run(finished: Path):
