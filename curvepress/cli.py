@@ -24,7 +24,7 @@ from .recipe import Recipe, load_recipe
 from .runs import Run, create, open_run, sweep
 from .scores import METHODS
 from .settings import limits, tuning
-from .terminal import bars, clock, explained, say, show_costs, show_groups, show_report, tell
+from .terminal import bars, clock, explained, print_what_can_be, say, show_costs, show_groups, show_report, tell
 from .training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
 app = typer.Typer(
@@ -205,6 +205,7 @@ def report(folder: Folder) -> None:
 
 def main() -> None:
     """Run the command line."""
+    print_what_can_be()
     app()
 
 

@@ -46,7 +46,7 @@ class Desk:
         """
         try:
             plan = from_json(self.path(PLAN).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:  # of numpy too, for what is no structure
             raise ValueError(f"{self.path(PLAN)}: {error}; mend it, or make one with {command(self.run, 'plan')}") from None
         own = load_structure(self.path("structure.json"))
         if (plan.structure.tensors, plan.structure.groups) != (own.tensors, own.groups):

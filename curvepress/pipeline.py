@@ -117,7 +117,7 @@ def _apply(desk: Desk, settings: Settings) -> None:
     validation = {
         "original": read_json(desk.path("original.json"), ORIGINAL)["validation"],
         "pruned": recipe.metrics(made.model, "validation"),
-        "statistics re-estimated": recipe.metrics(small, "validation"),
+        "re-estimated": recipe.metrics(small, "validation"),
     }
     points = [asdict(p) for p in _frontier(desk, model, plan, settings["seed"])]
     save(small, desk.path("pruned.safetensors"))

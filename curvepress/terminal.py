@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,13 @@ from .pipeline import Outcome
 from .structure import Group, Structure
 
 console, errors = Console(), Console(stderr=True)
+
+
+def print_what_can_be() -> None:
+    """Have characters that the terminal's encoding lacks shown as question marks, rather than fail on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say(*parts: str) -> None:

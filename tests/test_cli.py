@@ -1,6 +1,7 @@
 """The command line as people use it: the main job, its stages, and what is said when something is wrong."""
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -526,6 +527,17 @@ def test_files_that_take_one_batch_size_are_timed_at_it():
     some, one = (Agreement(0.0, 0.0, 1e-4, batch, sizes, 7, 18, {}) for batch, sizes in (("dynamic", (2, 5)), ("static", (4,))))
     assert pipeline._batch_sizes({"a": some, "b": some}, [1, 64]) == (1, 64)
     assert pipeline._batch_sizes({"a": some, "b": one}, [1, 64]) == (4,)
+
+
+def test_a_terminal_that_knows_few_characters_is_no_reason_to_fail(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["curvepress", "report", str(finished)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    stream.flush()
+    assert b"report: " in stream.buffer.getvalue() and b"?" in stream.buffer.getvalue()
 
 
 @pytest.mark.parametrize("command", ["compress", *COMMANDS])

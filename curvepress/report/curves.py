@@ -15,6 +15,8 @@ from .data import Point, Report
 from .scales import fit
 
 DASHED = (0, (3, 2))
+LEGEND = 22
+"""Points above a picture for its legend."""
 
 
 def frontier(report: Report) -> str:
@@ -26,7 +28,7 @@ def frontier(report: Report) -> str:
     error = np.array([p.stderr or 0.0 for p in points])
     params = np.array([p.params for p in points])
     with style():
-        figure, ax = axes(235)
+        figure, ax = axes(245, top=LEGEND)
         low, _ = fit(ax, "y", np.concatenate([predicted, measured]))
         if np.isfinite(measured).any():
             ax.plot(params, measured, "-o", color=LOST, markersize=4.5, label="measured")
@@ -39,7 +41,7 @@ def frontier(report: Report) -> str:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda r, _: numerals.percent(r)))
         ax.xaxis.set_major_locator(MaxNLocator(6))
         ax.set(xlabel="parameters left", ylabel="rise of the loss")
-        ax.legend(loc="upper right")
+        _legend_above(ax)
     return svg(figure, "frontier", "Predicted and measured rise of the loss against the parameters left")
 
 
@@ -50,15 +52,19 @@ def calibration(report: Report) -> str:
         np.array(side, dtype=np.float64) for side in zip(*((p.predicted, p.measured, p.stderr or 0.0) for p in points), strict=True)
     )
     with style():
-        figure, ax = axes(235)
+        figure, ax = axes(245, top=LEGEND)
         low, high = fit(ax, "x", np.concatenate([x, y]))
         fit(ax, "y", np.concatenate([x, y]))
         ax.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle=DASHED, label="equal")
         ax.hlines(y, np.maximum(x - error, low), np.minimum(x + error, high), color=KEPT, linewidth=1.1, alpha=0.55)
         ax.plot(x, y, "o", color=KEPT, markersize=5, label="plans of the frontier, ± 1 standard error")
         ax.set(xlabel="predicted rise of the loss", ylabel="measured rise of the loss")
-        ax.legend(loc="upper left")
+        _legend_above(ax)
     return svg(figure, "calibration", "Measured against predicted rise of the loss")
+
+
+def _legend_above(ax: Axes) -> None:
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 def losses(report: Report) -> str:
