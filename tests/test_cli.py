@@ -107,6 +107,19 @@ def test_a_finished_run_holds_what_it_promises(first: Path):
     assert {p.name for p in first.iterdir()} == wanted
 
 
+def test_the_report_sets_the_original_beside_what_became_of_it(first: Path):
+    task, run = cli.load_recipe(str(first.parent / "task.py")), cli.open_run(first)
+    found = cli.read_report(run)
+    original, small = cli.Desk(run, task).original(), cli.Desk(run, task).compressed("model.safetensors")
+    assert list(found.metrics)[:2] == ["original", "pruned"]
+    assert (found.metrics["original"], found.metrics["recovered"]) == (
+        task.metrics(original, "validation"),
+        task.metrics(small, "validation"),
+    )
+    assert found.test == {"original": task.metrics(original, "test"), "recovered": task.metrics(small, "test")}
+    assert found.after.params == sum(p.numel() for p in small.parameters()) <= 0.5 * found.before.params
+
+
 def test_the_same_command_again_keeps_everything(first: Path, quick: None):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in first.iterdir()}
     said = typed(*compress(first, first.parent / "task.py"))
@@ -128,6 +141,7 @@ def test_other_settings_are_refused_by_name_and_again_does_what_they_touch(first
     task = first.parent / "task.py"
     message = refused(*compress(finished, task, "--lr", "0.1", params=0.4))
     assert "stage 'plan' was done otherwise (params was 0.5, now 0.4)" in message and "add --again" in message
+    assert "stage 'trace' was done otherwise (threads was 1, now 2)" in refused(*compress(finished, task, "--threads", "2"))
     assert "lr was 0.05, now 0.1" in refused(*compress(finished, task, "--lr", "0.1"))
     assert bytes_of(finished) == bytes_of(first)
     said = typed(*compress(finished, task, "--again", params=0.4))

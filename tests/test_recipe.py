@@ -126,6 +126,14 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path):
         load_recipe("absent")
 
 
+def test_shipped_recipes_explain_themselves_and_others_are_shown_with_their_fault(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^digits: split must be one of"):
+        load_recipe("digits").batches("tomorrow")
+    own = written(tmp_path, (MADE, "    raise ValueError('no weights')"))
+    with pytest.raises(ValueError, match=r"task.py: model\(\) failed: ValueError: no weights \(line"):
+        load_recipe(str(own)).build(trained=True)
+
+
 @pytest.mark.parametrize("option", ["depth", "seed", "trained", "split"])
 def test_an_option_that_no_function_takes_is_refused(tmp_path: Path, option: str):
     with pytest.raises(ValueError, match=rf"has no option '{option}'; its options are width"):
@@ -186,7 +194,8 @@ def test_the_fingerprint_is_of_the_code_that_runs_and_of_nothing_else(tmp_path: 
     assert load_recipe(str(path)).digest != first
 
 
-def test_the_file_runs_as_it_is_now_and_leaves_no_compiled_code(tmp_path: Path):
+def test_the_file_runs_as_it_is_now_and_leaves_no_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = written(tmp_path)
     assert load_recipe(str(path)).build(trained=True)[0].out_features == 12
     written(tmp_path, ("width: int = 12", "width: int = 14"))  # same size, same second

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from curvepress.settings import FIT, descent
 from curvepress.training import fit
 from curvepress_recipes import cifar10, digits
 from curvepress_recipes.images import Minibatches, accuracy, flipped, shifted
@@ -142,9 +143,10 @@ def test_training_images_are_augmented_and_calibration_images_are_not(recipe):
 
 
 def test_what_recovery_says_is_what_fit_takes(recipe):
-    settings = {**recipe.RECOVERY, "epochs": 1}
-    few = list(islice(recipe.batches("train", batch_size=8), 2))
-    assert len(fit(recipe.model(trained=False), recipe.loss, lambda seed: few, **settings).history) == 1
+    assert set(recipe.RECOVERY) <= set(FIT)
+    settings = descent({**FIT, **recipe.RECOVERY, "epochs": 1, "seed": 0})
+    few, network = list(islice(recipe.batches("train", batch_size=8), 2)), recipe.model(trained=False)
+    assert len(fit(network, recipe.loss, lambda seed: few, teacher=network, **settings).history) == 1
 
 
 def test_unknown_splits_and_batch_sizes_are_named(recipe):

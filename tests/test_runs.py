@@ -42,7 +42,11 @@ def test_a_run_is_read_back_as_it_was(run: Run):
     assert list(run.stages) == list(STAGES)
     assert asdict(run.stages["fit"])["taken"] == {"cpu": 1.0, "wall": 2.0, "peak": 3.0}
     assert create(run.folder, "digits", {}) == run
-    assert list(done(run, "trace").stages) == list(STAGES)
+
+
+def test_stages_are_in_their_order_in_whatever_order_they_were_done(run: Run):
+    held = Run(run.folder, "digits", {}, {n: run.stages[n] for n in ("trace", "score", "apply")})
+    assert list(done(held, "plan").stages) == ["trace", "score", "plan", "apply"]
 
 
 def test_a_stage_is_done_as_long_as_nothing_changed(run: Run):
