@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import peer, records
 from curvepress.batchnorm import reestimate
-from curvepress.cost import cost
+from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.plan import Plan
 from curvepress.planner import at_most, search

@@ -9,7 +9,7 @@ save(small, "small.safetensors")                                  # and back: re
 
 from .artifacts import restore, save
 from .batchnorm import reestimate
-from .cost import Cost, cost
+from .costs import Cost, cost
 from .export import to_onnx
 from .plan import Plan
 from .planner import at_most, search

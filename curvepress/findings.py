@@ -12,7 +12,7 @@ from typing import Any
 
 from . import report as reports
 from .artifacts import load_scores, read_json
-from .cost import cost
+from .costs import cost
 from .desk import Desk
 from .plan import Plan
 from .runs import Entry, Run

@@ -19,7 +19,7 @@ from torch import nn
 from . import report as reports
 from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
-from .cost import Cost, cost
+from .costs import Cost, cost
 from .desk import Desk, Progress
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text

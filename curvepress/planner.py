@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .cost import Cost, cost
+from .costs import Cost, cost
 from .plan import Plan
 from .scores import Scores
 from .structure import Group, Structure

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import report as reports
-from .cost import Cost
+from .costs import Cost
 from .desk import Progress as Show
 from .pipeline import Outcome
 from .structure import Group, Structure

@@ -16,7 +16,7 @@ TABLE = {
     "files": "",
     "metering": "",
     "plan": "structure",
-    "cost": "plan",
+    "costs": "plan",
     "labelling": "structure algebra",
     "operators": "algebra labelling",
     "tracing": "structure labelling operators",
@@ -25,21 +25,21 @@ TABLE = {
     "surgery": "structure plan tracing masking rewriting",
     "curvature": "objective",
     "scores": "structure curvature objective",
-    "planner": "structure plan cost scores",
+    "planner": "structure plan costs scores",
     "batchnorm": "objective",
     "checkpointing": "files",
     "training": "objective checkpointing",
     "export": "",
-    "report": "structure plan cost scores",
+    "report": "structure plan costs scores",
     "artifacts": "structure plan scores tracing surgery files",
     "recipe_files": "",
     "recipe": "objective recipe_files",
     "runs": "plan files artifacts metering",
     "settings": "recipe training",
     "desk": "structure plan artifacts recipe runs",
-    "findings": "plan cost artifacts report desk runs",
+    "findings": "plan costs artifacts report desk runs",
     "pipeline": "everything but terminal cli",
-    "terminal": "structure cost report desk pipeline",
+    "terminal": "structure costs report desk pipeline",
     "cli": "everything",
     "__init__": "everything but pipeline terminal cli",
 }
@@ -52,7 +52,7 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "plan", "cost", "planner", "report", "algebra"}
+WITHOUT_TORCH = {"structure", "plan", "costs", "planner", "report", "algebra"}
 WRITERS = {"files", "artifacts", "checkpointing", "runs", "pipeline", "export", "metering", "terminal", "cli"}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
 MODULE_MAKERS = {"rewriting"}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Case, make
 
-from curvepress.cost import cost
+from curvepress.costs import cost
 from curvepress.masking import masked_output
 from curvepress.plan import Plan, after, from_json, kept, lost, to_json
 from curvepress.planner import at_most, search

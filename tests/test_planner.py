@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from zoo import make
 
-from curvepress.cost import Cost, cost
+from curvepress.costs import Cost, cost
 from curvepress.plan import Plan, kept, lost
 from curvepress.planner import at_most, search
 from curvepress.scores import Scores, predicted_rise

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from curvepress.cost import cost
+from curvepress.costs import cost
 from curvepress.plan import Plan
 from curvepress.report import Epoch, Latency, Point, Report, Spread, Stage, from_dict, headline, html, numerals, scales, text, to_dict
 from curvepress.report.canvas import axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import curvepress
 
@@ -22,3 +23,8 @@ def test_every_public_name_says_what_comes_back() -> None:
             signature = inspect.signature(thing)
             assert signature.return_annotation is not inspect.Signature.empty, name
             assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values()), name
+
+
+def test_no_public_name_shadows_a_module() -> None:
+    modules = {p.stem for p in Path(curvepress.__file__).parent.iterdir()}
+    assert modules & set(curvepress.__all__) == set()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..cost import Cost
+from ..costs import Cost
 from ..plan import Plan, from_json, lost, to_json
 from ..scores import LOSS_UNIT, Scores, predicted_rise
 from ..structure import Group
