@@ -12,11 +12,13 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 SOUND := $(shell test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" && cd / && "$(CURDIR)/$(BIN)/python" -I -c \
 	'import importlib.util as u; print("yes" if all(map(u.find_spec, ("torch", "curvepress"))) else "")' 2>/dev/null)
 
-.PHONY: help demo test check format clean anew
+.PHONY: help demo test check docs bench format clean anew
 help:
 	@echo 'make demo     compress the model of handwritten digits to half its parameters; results in runs/digits'
 	@echo 'make test     run the tests'
 	@echo 'make check    style, types, sizes of functions and files'
+	@echo 'make docs     run what the documentation shows and follow its links'
+	@echo 'make bench    the measurements behind the figures of the README: hours; goes on where it stopped; needs CURVEPRESS_DATA'
 	@echo 'make format   let ruff mend style and layout'
 	@echo 'make clean    remove the environment, builds and caches'
 	@echo 'The first of them makes $(VENV) (PYTHON=... chooses the interpreter) and installs what is needed.'
@@ -32,6 +34,18 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python scripts/house.py
+
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_readme.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cifar10 measure --depth 20 --seeds 0 1 --shares 0.5 0.3
+	$(BIN)/python -m benchmarks.cifar10 measure --depth 56
+	$(BIN)/python -m benchmarks.cifar10 latency
+	$(BIN)/python -m benchmarks.cifar10 widths
+	$(BIN)/python -m benchmarks.stages run
+	$(BIN)/python -m benchmarks.cifar10 table
+	$(BIN)/python -m benchmarks.stages table
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

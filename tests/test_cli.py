@@ -421,7 +421,8 @@ def test_the_report_tells_the_threads_the_work_ran_on(finished: Path):
 
 
 def test_a_run_without_training_is_a_run(recipe: Path, tmp_path: Path, quick: None):
-    assert typed(*compress(tmp_path / "run", recipe, "--epochs", "0")).code == 0
+    assert typed(*compress(tmp_path / "run", recipe, "--epochs", "0", "--threads", "2")).code == 0
+    assert cli.read_report(cli.open_run(tmp_path / "run")).environment["threads"] == "2"
     small, pruned = ((tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "pruned.safetensors"))
     assert small == pruned
 
