@@ -109,7 +109,7 @@ def compress(
     task = load_recipe(recipe, _pairs(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
-    common = {"seed": seed, "threads": 1}
+    common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {"method": method, "samples": samples, "probes": probes, **common},

@@ -35,7 +35,7 @@ class AtMost:
         return {k: v * getattr(whole, k) if _share(v) else v for k, v in self.limits.items()}
 
     def __str__(self) -> str:
-        return ", ".join(f"{k} at most {v:.4g}{' of the original' if _share(v) else ''}" for k, v in self.limits.items())
+        return ", ".join(f"{k} at most {f'{v:.4g} of the original' if _share(v) else f'{v:,}'}" for k, v in self.limits.items())
 
 
 def _share(limit: float) -> bool:

@@ -52,6 +52,10 @@ def test_wrong_budgets_are_refused() -> None:
         at_most()
 
 
+def test_a_budget_reads_as_it_was_meant() -> None:
+    assert str(at_most(params=0.5, macs=100000)) == "params at most 0.5 of the original, macs at most 100,000"
+
+
 def test_any_function_is_a_budget() -> None:
     structure = structure_of()
     plan = search(structure, scored(structure), lambda now, whole: now.params + now.macs / 10 <= whole.params)
