@@ -59,6 +59,18 @@ def test_the_relative_trace_covers_the_dense_one_within_its_error_bars(name: str
     assert np.sqrt(np.mean(np.square(deviation))) < 2
 
 
+def test_under_unit_curvature_the_relative_trace_is_half_the_squared_norm_of_what_makes_the_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, structure, batches = setting("resnet")
+    weights = dict(model.named_parameters())
+    ones = {n: torch.ones_like(p) for n, p in weights.items()}
+    monkeypatch.setattr("curvepress.scores.hessian_diagonal", lambda *_, **__: ones)
+    values = score(model, F.cross_entropy, batches, structure, samples=2).values["stem.0"]
+    made = [weights[n].detach().square().flatten(1).sum(1).numpy() for n in ("stem.0.weight", "blocks.0.conv2.0.weight")]
+    np.testing.assert_allclose(values, sum(made) / 2)
+
+
 def test_magnitude_is_the_relative_group_norm() -> None:
     model, structure, batches = setting("vgg")
     values = score(model, F.cross_entropy, batches, structure, method="magnitude").values["features.0"]
