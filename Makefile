@@ -1,9 +1,10 @@
 # make demo, make test, make check: all a fresh machine needs is Python 3.11 or newer and make.
 PYTHON ?= python3
 
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.complete
+# Not to be given from outside: what is named here is removed and made anew when it looks incomplete.
+override VENV := .venv
+override BIN := $(VENV)/bin
+override STAMP := $(VENV)/.complete
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --constraint constraints.txt
 
@@ -24,7 +25,7 @@ help:
 	@echo 'The first of them makes $(VENV) (PYTHON=... chooses the interpreter) and installs what is needed.'
 
 demo: $(STAMP)
-	$(BIN)/curvepress compress digits --params 0.5 --multiple 8 --probes 32 --out runs/digits
+	$(BIN)/curvepress compress digits --params 0.5 --multiple 8 --out runs/digits
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -44,8 +45,14 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cifar10 latency
 	$(BIN)/python -m benchmarks.cifar10 widths
 	$(BIN)/python -m benchmarks.stages run
+	$(BIN)/python -m benchmarks.coverage run
+	$(BIN)/python -m benchmarks.coverage large
+	for depth in 20 56; do for what in reference measure ehap equality processes; do \
+		$(BIN)/python -m benchmarks.curvature $$what --depth $$depth || exit 1; done; done
+	$(BIN)/python -m benchmarks.curvature table
 	$(BIN)/python -m benchmarks.cifar10 table
 	$(BIN)/python -m benchmarks.stages table
+	$(BIN)/python -m benchmarks.coverage table
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix
@@ -60,7 +67,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(SOUND),,anew)
 	@echo 'installing torch $(TORCH) (a large wheel: minutes, the first time)'
 	@$(PIP) torch==$(TORCH)
 	@echo 'installing curvepress and what it needs'
-	@$(PIP) --editable '.[cifar10,bench,dev]'
+	@$(PIP) --editable '.[cifar10,transformers,bench,dev]'
 	@cd / && '$(CURDIR)/$(BIN)/python' -I -c 'import curvepress, torch'
 	@echo '$(CURDIR)' > $@
 

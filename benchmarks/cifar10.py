@@ -35,7 +35,9 @@ from curvepress_recipes import cifar10 as recipe
 
 HERE = Path(__file__).parent / "results"
 FILE, MODELS = HERE / "cifar10.jsonl", Path("runs/benchmarks/cifar10")
-METHODS = ("random", "magnitude", "taylor", "hessian_trace")
+METHODS = ("random", "magnitude", "taylor", "hessian_trace", "mask_curvature")
+ESTIMATORS = {"hessian_trace": "hessian"}
+"""HAP's score is measured with HAP's estimator, Hutchinson's probes of the true Hessian."""
 PEER = "torch-pruning"
 EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
@@ -83,7 +85,8 @@ def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
         return peer.prune(model, example, key["share"])
     structure = trace(model, example)
     batches = recipe.batches("calibration", seed=key["seed"])
-    scores = score(model, recipe.loss, batches, structure, method=key["method"], samples=SAMPLES, probes=PROBES, seed=key["seed"])
+    how = {"method": key["method"], "estimator": ESTIMATORS.get(key["method"], "auto"), "probes": PROBES}
+    scores = score(model, recipe.loss, batches, structure, samples=SAMPLES, seed=key["seed"], **how)
     return apply(model, search(structure, scores, at_most(params=key["share"])), example)
 
 

@@ -21,6 +21,10 @@ import numpy as np
 Labels = np.ndarray
 """Integers ``[n, k]``: for each of ``n`` indices up to ``k`` atoms, padded with -1."""
 
+OUTER, INNER, QUERY_KEY, VALUE, TABLE, CONVOLVED = 1, 2, 4, 8, 16, 32
+"""Marks of atoms: of an outer factor of a split, of its innermost one, of what queries and keys are compared by, of what attention
+carries, of what a table of embeddings holds, of what a convolution makes."""
+
 
 def empty(size: int) -> Labels:
     """Labels of ``size`` indices that are never removed."""
@@ -49,19 +53,24 @@ class Atoms:
         self._parts = np.zeros((0, 0), dtype=np.int64)  # the set that defines an atom; all -1 for an undefined one
         self._why = np.zeros(0, dtype=np.int64)  # the reason an atom is frozen, a place in _reasons; 0 for a free one
         self._reasons = [""]
-        self._level = np.zeros(0, dtype=np.int8)
+        self._marks = np.zeros(0, dtype=np.int8)
 
-    def new(self, size: int, level: int = 0) -> Labels:
-        """Labels of ``size`` fresh atoms; ``level`` tells the outer (1) and the innermost (2) factor of a split from the rest (0)."""
+    def new(self, size: int, marks: int = 0) -> Labels:
+        """Labels of ``size`` fresh atoms with these marks."""
         start, self._count = self._count, self._count + size
         if self._count > len(self._root):
             self._grow(2 * self._count)
-        self._level[start : self._count] = level
+        self._marks[start : self._count] = marks
         return np.arange(start, self._count, dtype=np.int64)[:, None]
 
-    def level(self, atoms: np.ndarray) -> np.ndarray:
-        """The level these root atoms were made with; the highest of those merged."""
-        return np.asarray(self._level[atoms])
+    def marks(self, atoms: np.ndarray) -> np.ndarray:
+        """The marks of these root atoms, with those of all atoms merged into them."""
+        return np.asarray(self._marks[atoms])
+
+    def mark(self, labels: Labels, marks: int) -> None:
+        """Add marks to every atom of ``labels``."""
+        atoms = np.unique(self.resolve(labels))
+        self._marks[atoms[atoms >= 0]] |= marks
 
     def resolve(self, labels: Labels) -> Labels:
         """Labels in canonical form: undefined roots only, distinct, descending, without empty columns."""
@@ -94,6 +103,11 @@ class Atoms:
                 self._reasons.append(why)
             self._why[fresh] = self._reasons.index(why)
 
+    def live(self, labels: Labels) -> bool:
+        """Whether any atom of ``labels`` may still go."""
+        atoms = self.resolve(labels)
+        return bool((self._why[atoms[atoms >= 0]] == 0).any())
+
     def reasons(self, atoms: np.ndarray) -> list[str]:
         """Why each of these root atoms is frozen, or ``""``."""
         return [self._reasons[w] for w in self._why[atoms]]
@@ -106,10 +120,10 @@ class Atoms:
             return [empty(n) for n in sizes]
         if len(wide) <= 1:
             return [flat if wide == [d] or (not wide and d == 0) else empty(n) for d, n in enumerate(sizes)]
-        found = [_common(flat.reshape(*sizes, -1), d) for d in range(len(sizes))]
+        found = _each_once([_common(flat.reshape(*sizes, -1), d) for d in range(len(sizes))])
         if np.array_equal(*_level(_canonical(merged(found)), flat)):
             return found
-        fresh = [self.new(n, level=2 if d == wide[-1] else 1) if d in wide else empty(n) for d, n in enumerate(sizes)]
+        fresh = [self.new(n, INNER if d == wide[-1] else OUTER) if d in wide else empty(n) for d, n in enumerate(sizes)]
         self.equate(flat, merged(fresh), "split in a way that its channels do not follow")
         return fresh
 
@@ -154,7 +168,7 @@ class Atoms:
         more = size - len(self._root)
         self._root = np.concatenate([self._root, np.arange(len(self._root), size)])
         self._parts = np.pad(self._parts, ((0, more), (0, 0)), constant_values=-1)
-        self._why, self._level = np.pad(self._why, (0, more)), np.pad(self._level, (0, more))
+        self._why, self._marks = np.pad(self._why, (0, more)), np.pad(self._marks, (0, more))
 
     def _union(self, x: np.ndarray, y: np.ndarray) -> None:
         while True:
@@ -167,7 +181,7 @@ class Atoms:
             why = np.where(self._why[low] == 0, self._why[high], self._why[low])
             self._root[high] = low  # of several equations about one atom the last one written wins; the loop meets the others
             np.maximum.at(self._why, low, why)
-            np.maximum.at(self._level, low, self._level[high])
+            np.bitwise_or.at(self._marks, low, self._marks[high])
 
     def _define(self, atoms: np.ndarray, labels: Labels) -> None:
         first = np.unique(atoms, return_index=True)[1]
@@ -177,9 +191,16 @@ class Atoms:
         frozen = self._why[atoms] > 0
         for reason in np.unique(self._why[atoms[frozen]]).tolist():
             self.freeze(labels[frozen & (self._why[atoms] == reason)], self._reasons[reason])
+        self._inherit(atoms, labels)
         if self._parts.shape[1] < labels.shape[1]:
             self._parts = _widened(self._parts, labels.shape[1])
         self._parts[atoms] = _widened(labels, self._parts.shape[1])
+
+    def _inherit(self, atoms: np.ndarray, labels: Labels) -> None:
+        """What an atom is for, so are its parts; a part that is a factor already stays the factor it is."""
+        marks = np.broadcast_to(self._marks[atoms, None], labels.shape)
+        marks = np.where(self._marks[labels] & (OUTER | INNER), marks & ~(OUTER | INNER), marks)
+        np.bitwise_or.at(self._marks, labels[labels >= 0], marks[labels >= 0])
 
 
 def _widened(labels: Labels, width: int) -> Labels:
@@ -200,6 +221,17 @@ def _canonical(labels: Labels) -> Labels:
         labels = -np.sort(-labels, axis=1)
     width = int((labels >= 0).sum(axis=1).max(initial=0))
     return labels[:, :width]
+
+
+def _each_once(factors: list[Labels]) -> list[Labels]:
+    """Factors of a box without what the one before has along its whole length."""
+    result, whole = [], np.zeros(0, dtype=np.int64)
+    for labels in factors:
+        result.append(_canonical(np.where(np.isin(labels, whole), -1, labels)))
+        for atom in np.unique(labels[:1]):
+            if (labels == atom).any(axis=1).all():
+                whole = np.append(whole, atom)
+    return result
 
 
 def _common(box: np.ndarray, dim: int) -> Labels:

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .curvature import Sample
 from .files import write_bytes, write_text
 from .plan import Plan, dumps
-from .scores import Sample, Scores
+from .scores import Scores
 from .structure import Structure, structure_from_dict, structure_to_dict
 from .surgery import apply
 from .tracing import model_tensors
@@ -88,7 +89,7 @@ def load_structure(path: Path) -> Structure:
 def save_scores(scores: Scores, folder: Path) -> None:
     """Write ``scores.safetensors`` (values and standard errors by group) and ``scores.json`` (how they were made)."""
     tensors = {f"{part}/{g}": v for part in ("values", "stderr") for g, v in getattr(scores, part).items()}
-    about = {k: getattr(scores, k) for k in ("method", "unit", "samples", "seed")}
+    about = {k: getattr(scores, k) for k in ("method", "unit", "samples", "seed", "detail")}
     write_bytes(folder / "scores.safetensors", safetensors.numpy.save(tensors, {"format": SCORES["format"]}))
     write_text(folder / "scores.json", dumps({**SCORES, **about, "groups": list(scores.values)}))
 
@@ -103,7 +104,7 @@ def load_scores(folder: Path) -> Scores:
     tensors = _read_tensors(folder / "scores.safetensors", SCORES["format"])
     try:
         values, stderr = ({g: tensors[f"{part}/{g}"].numpy() for g in about["groups"]} for part in ("values", "stderr"))
-        return Scores(values, stderr, about["method"], about["unit"], about["samples"], about["seed"])
+        return Scores(values, stderr, about["method"], about["unit"], about["samples"], about["seed"], about["detail"])
     except KeyError as error:
         raise ValueError(f"the scores in {folder} are damaged: {error} is missing; make them again with `curvepress score`") from None
 

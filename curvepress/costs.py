@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .plan import Plan, after
+from .plan import Plan, tensors_after
 
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex64": 8, "int64": 8, "int32": 4,
@@ -24,7 +24,7 @@ class Cost:
 
 def cost(plan: Plan) -> Cost:
     """The cost of the model that ``apply`` will return for ``plan``."""
-    tensors = after(plan).tensors.values()
+    tensors = tensors_after(plan).values()
     return Cost(
         params=sum(prod(t.shape) for t in tensors if t.kind == "parameter"),
         bytes=sum(prod(t.shape) * ITEM_BYTES[t.dtype] for t in tensors if t.kind in ("parameter", "buffer")),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .artifacts import load, load_structure, restore
+from .objective import Batch, Batches
 from .plan import Plan, from_json
 from .recipe import Recipe
 from .runs import PLAN, Run, command
@@ -25,6 +27,7 @@ class Desk:
     run: Run
     recipe: Recipe
     progress: Progress = lambda *_: None
+    note: Callable[[str], None] = lambda _: None
 
     def path(self, name: str) -> Path:
         """A file of the run."""
@@ -57,6 +60,26 @@ class Desk:
     def compressed(self, name: str) -> nn.Module:
         """The plan's model with the tensors of a file of the run."""
         return restore(self.recipe.build(trained=False), self.plan(), self.path(name), *self.recipe.inputs())
+
+    def training_batches(self, seed: int) -> Batches:
+        """Those of one epoch, which tell how far they are if they have a length."""
+        batches = self.recipe.batches("train", seed=seed)
+        return _Ticking(batches, self.progress) if isinstance(batches, Sized) else batches
+
+
+class _Ticking:
+    """Batches that report how far they are."""
+
+    def __init__(self, batches: Any, progress: Progress) -> None:
+        self.batches, self.progress = batches, progress
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for n, batch in enumerate(self.batches):
+            yield batch
+            self.progress("training batches", n + 1, len(self))
 
 
 def _difference(plan: Plan, own: Structure) -> str:

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 from torch import Tensor
+from torch.nn import Parameter
 
 from .algebra import Atoms, Labels, empty
 from .structure import Site
@@ -45,11 +46,25 @@ class Ledger:
         self.roles: dict[Site, str] = {}
         self.positions: dict[str, int] = {}
         self.products: dict[str, tuple[Dim, ...]] = {}
+        self.touched: set[int] = set()  # ids of tensors that operators have read
+        self.decided_by_data = False
+        self._companions: set[str] = set()  # buffers carry channels, they do not make or read them
         self._known: dict[int, tuple[Tensor, Dims]] = {}
 
     def adopt(self, name: str, tensor: Tensor) -> None:
         """Give every dimension of a tensor of the model fresh atoms."""
         self.put(tensor, [Dim(self.atoms.new(n), (name, d)) for d, n in enumerate(tensor.shape)])
+        if not isinstance(tensor, Parameter):
+            self._companions.add(name)
+
+    def elastic(self, shape: Iterable[int]) -> list[Dim]:
+        """Dimensions along which all entries are alike: any may go, with what they meet.  One of size one says nothing."""
+        return [Dim(self.atoms.new(n)) if n > 1 else Dim(empty(n)) for n in shape]
+
+    def mark(self, dim: Dim, marks: int) -> None:
+        """Say what the indices of a dimension are for; see :mod:`curvepress.algebra`."""
+        if dim.labelled:
+            self.atoms.mark(dim.labels, marks)
 
     def put(self, tensor: Tensor, dims: Dims) -> None:
         """Remember the dimensions of ``tensor``."""
@@ -60,6 +75,10 @@ class Ledger:
     def of(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``; blank if no rule has spoken of it."""
         return self._known[id(tensor)][1] if id(tensor) in self._known else blank(tensor.shape)
+
+    def touch(self, tensors: Iterable[Tensor]) -> None:
+        """An operator has read these tensors."""
+        self.touched.update(map(id, tensors))
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
         """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""
@@ -78,6 +97,8 @@ class Ledger:
     def role(self, dim: Dim, role: str) -> None:
         """Say what a dimension of a weight does; what makes channels outranks what reads them, and that what carries them."""
         ranks = ("kernel", "along", "in", "out")
+        if dim.origin is not None and dim.origin[0] in self._companions and role != "kernel":
+            role = "along"
         if dim.origin is not None and ranks.index(role) >= ranks.index(self.roles.get(dim.origin, "kernel")):
             self.roles[dim.origin] = role
 
@@ -94,10 +115,15 @@ class Ledger:
         if len(owners) == 1 and (name := owners.pop()) is not None:
             self.positions[name] = self.positions.get(name, 0) + repeats * prod(map(len, b))
             return
-        dims = tuple(d for d in (*a, *b) if d.labelled)
         name = f"{op}#{len(self.products) + 1}"
-        self.products[name] = dims
-        self.positions[name] = repeats * prod(len(d) for d in (*a, *b) if not d.labelled)
+        self.products[name] = tuple(self._distinct(d) for d in (*a, *b) if d.labelled)
+        self.positions[name] = repeats * prod(len(d) for d in (*a, *b)) // prod(map(len, self.products[name]))
+
+    def _distinct(self, dim: Dim) -> Dim:
+        """A dimension without its repetitions, such as the examples of a batch that is one with the heads."""
+        labels = self.atoms.resolve(dim.labels)
+        rows, counts = np.unique(labels, axis=0, return_counts=True)
+        return Dim(rows) if (counts == counts[0]).all() else dim
 
 
 def lost_rows(atoms: Atoms, labels: Labels, gone: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,71 +11,114 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .labelling import Dims, Ledger, lost_rows
+from .objective import call
+from .operators import bound, name_of, observe, reduced
 from .plan import Plan, edits
-from .tracing import model_tensors, quiet_evaluation
+from .tracing import Trace, atoms_lost, model_tensors, quiet_evaluation, run, watch
+
+Cuts = dict[int, np.ndarray]
+"""For each dimension of a tensor that is cut the indices that stay, ascending."""
 
 
-def masked_output(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> Any:
+def masked_output(model: nn.Module, plan: Plan, example: Sequence[Any]) -> Any:
     """The output of the full model for the example with everything the plan removes at zero.
 
     Every slice of a weight, bias or running statistic that belongs to a lost channel is zero, so whatever reads the channel
-    reads nothing.  Layer and group norms run over the channels that stay: a norm over a cut dimension has new statistics.
+    reads nothing.  Norms, means and sums run over the channels that stay: over a cut dimension they have new statistics.
     """
+    trace = watch(model, lambda: run(model, example), example)
+    return masked(model, plan, example, trace, atoms_lost(trace, plan, model_tensors(model)))
+
+
+def masked(model: nn.Module, plan: Plan, example: Sequence[Any], trace: Trace, gone: np.ndarray) -> Any:
+    """:func:`masked_output` of a model that has been traced on the example, with the atoms that are lost."""
     full = copy.deepcopy(model)
-    tensors, stay = model_tensors(full), _stay(plan)
+    tensors, originals = model_tensors(full), model_tensors(model)
     with torch.no_grad():
-        for name, dims in stay.items():
-            for dim, rows in dims.items():
-                gone = np.setdiff1d(np.arange(tensors[name].shape[dim]), rows)
-                tensors[name].index_fill_(dim, _on(gone, tensors[name]), 0)
-        with quiet_evaluation(full), _NormsOverSurvivors({id(tensors[n]): dims for n, dims in stay.items()}):
-            return full(*example)
+        for name, tensor in tensors.items():
+            trace.ledger.put(tensor, trace.ledger.of(originals[name]))
+            for dim, rows in stay(plan).get(name, {}).items():
+                lost = np.setdiff1d(np.arange(tensor.shape[dim]), rows)
+                tensor.index_fill_(dim, _on(lost, tensor), 0)
+        with quiet_evaluation(full), _OverSurvivors(trace.ledger, gone):
+            return call(full, example)
 
 
-def _stay(plan: Plan) -> dict[str, dict[int, np.ndarray]]:
-    stay: dict[str, dict[int, np.ndarray]] = {}
+def stay(plan: Plan) -> dict[str, Cuts]:
+    """The rows that stay of every dimension of the model's tensors that the plan cuts."""
+    found: dict[str, Cuts] = {}
     for (name, dim), rows in edits(plan).items():
         if plan.structure.tensors[name].kind != "activation":
-            stay.setdefault(name, {})[dim] = rows
-    return stay
+            found.setdefault(name, {})[dim] = rows
+    return found
+
+
+class _OverSurvivors(TorchDispatchMode):
+    """Runs norms and statistics over the channels that stay, and leaves zero elsewhere."""
+
+    def __init__(self, ledger: Ledger, gone: np.ndarray) -> None:
+        super().__init__()
+        self.ledger, self.gone = ledger, gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if run := SURVIVING.get(name_of(func)):
+            result = run(self.cuts, func, bound(func, args, kwargs), args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        observe(self.ledger, func, args, kwargs, result)
+        return result
+
+    def cuts(self, x: Tensor, over: Sequence[int]) -> Cuts:
+        """What stays of those of these dimensions that are cut."""
+        dims: Dims = self.ledger.of(x)
+        lost = {d: lost_rows(self.ledger.atoms, dims[d].labels, self.gone) for d in over}
+        return {d: np.flatnonzero(~rows) for d, rows in lost.items() if rows.any()}
+
+
+Survivors = Callable[[Tensor, Sequence[int]], Cuts]
+
+
+def _statistic(cuts: Survivors, func: Any, a: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    return func(_narrow(args[0], cuts(args[0], sorted(reduced(a)))), *args[1:], **kwargs)
+
+
+def _layer_norm(cuts: Survivors, func: Any, a: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    x, shape, *rest = args
+    first = x.ndim - len(shape)
+    stays = cuts(x, range(first, x.ndim))
+    if not stays:
+        return func(*args, **kwargs)
+    own = {d - first: rows for d, rows in stays.items()}
+    small = _narrow(x, stays)
+    narrow = [_narrow(t, own) if isinstance(t, Tensor) else t for t in rest]
+    y, *statistics = func(small, list(small.shape[first:]), *narrow, **kwargs)
+    return (_widen(y, stays, x), *statistics)
+
+
+def _group_norm(cuts: Survivors, func: Any, a: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    x, weight, bias, n, c, hw, groups, eps = args
+    stays = cuts(x, [1])
+    if not stays:
+        return func(*args, **kwargs)
+    left = len(np.unique(stays[1] // (c // groups)))
+    small = _narrow(x, stays).contiguous()
+    own = [None if t is None else _narrow(t, {0: stays[1]}) for t in (weight, bias)]
+    y, *statistics = func(small, *own, n, len(stays[1]), hw, left, eps)
+    return (_widen(y, stays, x), *statistics)
+
+
+SURVIVING: Mapping[str, Any] = {
+    "native_layer_norm": _layer_norm,
+    "_fused_rms_norm": _layer_norm,
+    "native_group_norm": _group_norm,
+    **dict.fromkeys(("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"), _statistic),
+}
 
 
 def _on(rows: np.ndarray, like: Tensor) -> Tensor:
     return torch.as_tensor(rows, device=like.device)
-
-
-class _NormsOverSurvivors(TorchDispatchMode):
-    """Runs layer and group norms over the rows of their weights that stay, and leaves zero elsewhere."""
-
-    def __init__(self, stay: Mapping[int, dict[int, np.ndarray]]) -> None:
-        super().__init__()
-        self.stay = stay
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name == "aten::native_layer_norm" and id(args[2]) in self.stay:
-            return self._layer_norm(func, *args)
-        if name == "aten::native_group_norm" and id(args[1]) in self.stay:
-            return self._group_norm(func, *args)
-        return func(*args, **(kwargs or {}))
-
-    def _layer_norm(self, func: Any, x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
-        cuts = self.stay[id(weight)]
-        offset = x.ndim - weight.ndim
-        small_weight, small_bias = _narrow(weight, cuts), None if bias is None else _narrow(bias, cuts)
-        small_x = _narrow(x, {d + offset: rows for d, rows in cuts.items()})
-        y, *statistics = func(small_x, list(small_weight.shape), small_weight, small_bias, eps)
-        return (_widen(y, {d + offset: rows for d, rows in cuts.items()}, x), *statistics)
-
-    def _group_norm(
-        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float
-    ) -> Any:
-        rows = self.stay[id(weight)][0]
-        left = len(np.unique(rows // (c // groups)))
-        small = _narrow(x, {1: rows}).contiguous()
-        bias = None if bias is None else _narrow(bias, {0: rows})
-        y, *statistics = func(small, _narrow(weight, {0: rows}), bias, n, len(rows), hw, left, eps)
-        return (_widen(y, {1: rows}, x), *statistics)
 
 
 def _narrow(tensor: Tensor, cuts: Mapping[int, np.ndarray]) -> Tensor:

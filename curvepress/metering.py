@@ -30,6 +30,13 @@ def metered() -> Iterator[Taken]:
     taken.cpu, taken.wall, taken.peak = time.process_time() - cpu, time.perf_counter() - wall, _peak()
 
 
+def clock(seconds: float) -> str:
+    """A duration, roughly."""
+    if seconds < 1:
+        return "less than 1 s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _reset_peak() -> None:
     try:
         RESET.write_text("5")

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Batch = tuple[Any, Any]
-"""``(inputs, targets)``; ``inputs`` is a tensor or a tuple of tensors, the first dimension counts examples."""
+"""``(inputs, targets)``; ``inputs`` is a tensor, a mapping of keyword inputs, or a tuple of positional ones that may end in such a mapping.
+The first dimension counts examples."""
 Loss = Callable[[Any, Any], Tensor]
 """``(model output, targets) -> scalar``: the mean over the examples of the batch."""
 Batches = Iterable[Batch]
 
 
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a forward pass: what stands alone or in order, and the entries of a mapping at the end."""
+    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return (given[:-1], dict(given[-1])) if given and isinstance(given[-1], Mapping) else (given, {})
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """What ``model`` computes for these inputs."""
+    positional, named = arguments(inputs)
+    return model(*positional, **named)
+
+
 def output(model: Callable[..., Any], batch: Batch) -> Any:
     """What ``model`` computes for the inputs of ``batch``."""
-    inputs, _ = batch
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return call(model, batch[0])
+
+
+STATES = ("hidden_states", "last_hidden_state", "attentions", "model_output", "past_key_values")
+"""Ends of the names of what a model shows of its inside, or keeps for its own next call."""
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The tensors of what a model gave back, in order.
+
+    Of a mapping with logits only what is not a state of its inside counts; keys and values kept for the next call never do.
+    """
+    if isinstance(result, Mapping):
+        inside = STATES if any(k.startswith("logits") for k in result) else STATES[-1:]
+        result = {k: v for k, v in result.items() if not k.endswith(inside)}
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def batch_size(batch: Batch) -> int:
     """The number of examples in ``batch``."""
-    inputs, _ = batch
-    return len(inputs[0] if isinstance(inputs, (tuple, list)) else inputs)
+    positional, named = arguments(batch[0])
+    return len([*positional, *named.values()][0])
 
 
 def batch_loss(model: Callable[..., Any], loss: Loss, batch: Batch) -> Tensor:
@@ -33,17 +60,20 @@ def batch_loss(model: Callable[..., Any], loss: Loss, batch: Batch) -> Tensor:
     Raises:
         ValueError: if the loss cannot be computed, is not a scalar tensor or is not finite.
     """
-    predicted = output(model, batch)
+    return checked_loss(loss, output(model, batch), batch[1])
+
+
+def checked_loss(loss: Loss, predicted: Any, targets: Any) -> Tensor:
+    """``loss(predicted, targets)``, a finite scalar; raises as :func:`batch_loss` does."""
     try:
-        value = loss(predicted, batch[1])
+        value = loss(predicted, targets)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        seen = f"outputs {_shape(predicted)} and targets {_shape(batch[1])}"
+        seen = f"outputs {_shape(predicted)} and targets {_shape(targets)}"
         raise ValueError(f"the loss failed on {seen}: {error}; do the labels fit the outputs?") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise ValueError(f"the loss must be a scalar tensor (the mean over the batch), got {_shape(value)}")
     if not torch.isfinite(value):
-        seen = f"the loss of a batch of {batch_size(batch)} is {value.item()}"
-        raise ValueError(f"{seen}; look for NaN or infinity in the weights or the data")
+        raise ValueError(f"the loss of a batch is {value.item()}; look for NaN or infinity in the weights or the data")
     return value
 
 

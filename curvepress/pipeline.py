@@ -6,7 +6,8 @@ What each reads and writes is listed in ``runs.FLOWS``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import curvature, quantization
 from . import report as reports
 from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
 from .costs import Cost, cost
-from .desk import Desk, Progress
+from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
 from .findings import HISTORY, LATENCY, PRUNED, figures, gathered
-from .metering import metered
-from .objective import Batch, Batches, batch_loss, batch_size
+from .metering import clock, metered
+from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
 from .planner import at_most, frontier, search
 from .recipe import Recipe, check
@@ -38,8 +40,11 @@ from .tracing import trace
 from .training import fit
 
 Settings = Mapping[str, Any]
+Stage = Callable[[Desk, Settings], None]
 ORIGINAL = {"format": "curvepress original", "version": 1}
 METRICS = {"format": "curvepress metrics", "version": 1}
+SCORING = ("method", "samples", "reliability", "seconds", "estimator", "precision", "probes", "temperature", "seed")
+"""Settings of the score stage that :func:`~.scores.score` takes."""
 PROBED = 4
 """Calibration batches on which predicted and measured rise of the loss are compared."""
 PERCENTS = 100
@@ -69,13 +74,23 @@ def _check_untrained(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _score(desk: Desk, settings: Settings) -> None:
+    scores = _scored(desk, settings)
+    desk.note(scores.detail)
+    save_scores(scores, desk.run.folder)
+
+
+def _scored(desk: Desk, settings: Settings) -> Scores:
     recipe, structure = desk.recipe, load_structure(desk.path("structure.json"))
-    given = {k: settings[k] for k in ("method", "samples", "probes", "seed")}
+    given = {k: settings[k] for k in SCORING}
     batches = recipe.batches("calibration", seed=settings["seed"])
     done = StoredSamples(scratch(desk.run, "score", settings))
-    tell = partial(desk.progress, "calibration batches")
-    scores = score(desk.original(), recipe.loss, batches, structure, **given, progress=tell, done=done)
-    save_scores(scores, desk.run.folder)
+    return score(desk.original(), recipe.loss, batches, structure, **given, progress=partial(_forecast, desk), done=done)
+
+
+def _forecast(desk: Desk, progress: curvature.Progress) -> None:
+    desk.progress("calibration batches", progress.samples, progress.wanted or progress.samples)
+    if progress.samples == 1 and progress.expected is not None:
+        desk.note(f"at most {clock(progress.expected)} more and {progress.peak / 2**20:.0f} MiB, from the first batch")
 
 
 def _plan(desk: Desk, settings: Settings) -> None:
@@ -158,7 +173,7 @@ def _fit(desk: Desk, settings: Settings) -> None:
     fitted = fit(
         start,
         recipe.loss,
-        partial(_ticking, desk),
+        desk.training_batches,
         evaluate=lambda m: recipe.metrics(m, "validation"),
         checkpoints=scratch(desk.run, "fit", settings),
         teacher=teacher,
@@ -168,26 +183,6 @@ def _fit(desk: Desk, settings: Settings) -> None:
     save(fitted.model, desk.path("model.safetensors"))
     epochs = [{"epoch": e.epoch, "lr": e.lr, "loss": e.loss, "metrics": dict(e.metrics)} for e in fitted.history]
     write_text(desk.path("history.json"), dumps({**HISTORY, "epochs": epochs, "validation": validation}))
-
-
-class _Ticking:
-    """Batches that report how far they are."""
-
-    def __init__(self, batches: Any, progress: Progress) -> None:
-        self.batches, self.progress = batches, progress
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for n, batch in enumerate(self.batches):
-            yield batch
-            self.progress("training batches", n + 1, len(self))
-
-
-def _ticking(desk: Desk, seed: int) -> Batches:
-    batches = desk.recipe.batches("train", seed=seed)
-    return _Ticking(batches, desk.progress) if isinstance(batches, Sized) else batches
 
 
 def _export(desk: Desk, settings: Settings) -> None:
@@ -220,7 +215,7 @@ def _report(desk: Desk, settings: Settings) -> None:
     write_text(desk.path("report.html"), reports.html(report))
 
 
-STAGES: Mapping[str, Callable[[Desk, Settings], None]] = {
+STAGES: Mapping[str, Stage] = {
     "trace": _trace,
     "score": _score,
     "plan": _plan,
@@ -228,6 +223,7 @@ STAGES: Mapping[str, Callable[[Desk, Settings], None]] = {
     "fit": _fit,
     "export": _export,
     "report": _report,
+    **quantization.STAGES,
 }
 
 
@@ -248,17 +244,34 @@ def run_stage(desk: Desk, stage: str, settings: Settings) -> Outcome:
     """
     settings = _complete(desk.recipe, stage, settings)
     require(desk.run, stage)
-    with metered() as taken:
-        try:
-            STAGES[stage](desk, settings)
-        except ValueError:
-            raise
-        except OSError as error:  # a full disk does not say where it is
-            raise OSError(error.errno, error.strerror, error.filename or str(desk.run.folder)) from error
-        except Exception as error:  # the model's own code may raise anything, anywhere
-            raise ValueError(f"{desk.recipe.name}: the stage {stage!r} failed: {desk.recipe.blame.said(error)}") from error
+    with metered() as taken, _blamed(desk, stage):
+        STAGES[stage](desk, settings)
     run = finish(desk.run, stage, settings, taken)
     return Outcome(run, run.stages[stage], kept=False)
+
+
+def assist(desk: Desk, settings: Settings) -> None:
+    """Make this process's share of the samples of the score stage, which the first process does with :func:`run_stage`.
+
+    Raises:
+        ValueError: as that does.
+    """
+    settings = _complete(desk.recipe, "score", settings)
+    require(desk.run, "score")
+    with _blamed(desk, "score"):
+        _scored(desk, settings)
+
+
+@contextmanager
+def _blamed(desk: Desk, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:
+        raise
+    except OSError as error:  # a full disk does not say where it is
+        raise OSError(error.errno, error.strerror, error.filename or str(desk.run.folder)) from error
+    except Exception as error:  # the model's own code may raise anything, anywhere
+        raise ValueError(f"{desk.recipe.name}: the stage {stage!r} failed: {desk.recipe.blame.said(error)}") from error
 
 
 def keep_stage(desk: Desk, stage: str, settings: Settings, *, again: bool = False) -> Outcome:

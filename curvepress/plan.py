@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .structure import Group, Site, Structure, assemble, structure_from_dict, structure_to_dict
+from .structure import Group, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
 
 VERSION = 1
 
@@ -80,8 +80,15 @@ def after(plan: Plan) -> Structure:
         for m in group.members:
             entries.append(_entries(first, number[m.tensor, m.dim], _renumbered(m.rows[units], cut.get((m.tensor, m.dim)))))
     groups = assemble(np.concatenate(entries), sites, [roles[s] for s in sites], dict(enumerate(traits))) if entries else ()
-    tensors = {n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape))) for n, t in old.tensors.items()}
-    return Structure(tensors, groups, old.inputs)
+    return Structure(tensors_after(plan), groups, old.inputs)
+
+
+def tensors_after(plan: Plan) -> dict[str, TensorSpec]:
+    """The tensors of the model that ``apply`` will return."""
+    cut = edits(plan)
+    return {
+        n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape))) for n, t in plan.structure.tensors.items()
+    }
 
 
 def _order(structure: Structure) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import ceil
 from typing import Any
 
 import numpy as np
 
+from .alignment import Shape
 from .costs import Cost, cost
 from .plan import Plan
 from .scores import Scores
@@ -65,27 +65,32 @@ def search(
     budget: Budget,
     *,
     per: str = "channel",
-    multiple: int = 1,
+    multiple: int | Mapping[str, int] = 1,
     floor: float = 0.05,
+    whole: Collection[str] = (),
+    aligned: bool = False,
 ) -> Plan:
     """The gentlest plan that fits the budget: every channel worth less than one price goes, and the price is bisected.
 
     Args:
         per: what a channel's score is divided by to make its worth: nothing (``channel``), or the ``params``, ``bytes`` or
             ``macs`` that its removal alone would save (the Lagrangian of that budget).
-        multiple: widths are rounded up to multiples of this, as far as the group is wide.
+        multiple: widths are rounded up to multiples of this, as far as the group is wide; a mapping gives one by kind of group.
         floor: the least share of a group's channels that stays; at least one does.
+        whole: groups that are not cut, by kind or by name; ``*`` in a name stands for anything.
+        aligned: the query-key and the value width of an attention block stay equal, as code with one ``head_dim`` wants it.
 
     Raises:
-        ValueError: if no plan fits; the message has the smallest cost that can be reached.
+        ValueError: if an option is out of range, or no plan fits; the message has the smallest cost that can be reached.
     """
-    if per not in PER or multiple < 1 or not 0 <= floor <= 1:
-        raise ValueError(f"search needs per in {PER}, multiple >= 1 and floor in [0, 1]; got {per!r}, {multiple} and {floor}")
+    if per not in PER:
+        raise ValueError(f"search needs per in {PER}; got {per!r}")
+    shape = Shape(multiple, floor, whole, aligned)
     worth = worths(structure, scores, per)
     prices = np.unique(np.concatenate([np.zeros(0), *worth.values()]))
 
     def family(step: int) -> Plan:
-        return prune(structure, worth, prices[step - 1] if step else -np.inf, multiple=multiple, floor=floor)
+        return prune(structure, worth, prices[step - 1] if step else -np.inf, shape)
 
     return cheapest(family, len(prices), budget)
 
@@ -106,19 +111,11 @@ def _one_less(structure: Structure, group: Group) -> Cost:
     return cost(Plan(structure, {group.name: tuple(range(1, group.size))}))
 
 
-def prune(structure: Structure, worth: Mapping[str, np.ndarray], price: float, *, multiple: int, floor: float) -> Plan:
-    """Keep the channels worth more than ``price``, but never fewer than the floor, in widths of the multiple."""
-    keep = {}
-    for group in structure.free:
-        width = _width(group, int((worth[group.name] > price).sum()), multiple, floor)
-        best = np.argsort(-worth[group.name], kind="stable")[:width]
-        keep[group.name] = tuple(np.sort(best).tolist())
-    return Plan(structure, keep)
-
-
-def _width(group: Group, wanted: int, multiple: int, floor: float) -> int:
-    least = max(wanted, ceil(floor * group.size), 1)
-    return min(ceil(least / multiple) * multiple, group.size)
+def prune(structure: Structure, worth: Mapping[str, np.ndarray], price: float, shape: Shape) -> Plan:
+    """Keep the channels worth more than ``price``, but never fewer than the shape allows."""
+    widths = shape.widths(structure, {n: int((w > price).sum()) for n, w in worth.items()})
+    best = {n: np.argsort(-worth[n], kind="stable")[:width] for n, width in widths.items()}
+    return Plan(structure, {n: tuple(np.sort(channels).tolist()) for n, channels in best.items()})
 
 
 def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget) -> Plan:

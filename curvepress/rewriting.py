@@ -6,9 +6,10 @@ constant that repeats a width (a view, a pad, a split, a number of groups) is wr
 
 from __future__ import annotations
 
-import inspect
+import operator
 import warnings
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .algebra import Labels
+from .graphs import export_graph, graph_tensors, placeholder_values
 from .labelling import Dim, lost_rows
-from .plan import Plan, edits, lost
-from .tracing import Trace, quiet_evaluation, watch
+from .plan import Plan, edits
+from .tracing import Trace, atoms_lost, watch
 
 Seen = dict[fx.Node, Any]
 
@@ -31,7 +33,7 @@ def rewrite(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> fx.GraphM
     """
     graph = export_graph(model, example)
     trace, seen = _observe(graph, example)
-    cut = _Cut(trace, _gone(trace, plan))
+    cut = _Cut(trace, atoms_lost(trace, plan, graph_tensors(graph)))
     for node in graph.graph.nodes:
         if node.op == "call_function" and (rewriter := REWRITERS.get(_name(node))):
             rewriter(cut, node, seen)
@@ -41,63 +43,6 @@ def rewrite(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> fx.GraphM
     graph.recompile()
     graph.train(model.training)
     return graph
-
-
-def export_graph(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
-    """The model as a graph of ATen operators for any batch size, with the model's own names and its own tensors.
-
-    Raises:
-        ValueError: if ``torch.export`` cannot follow the model.
-    """
-    example = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and len(x) == 1 else x for x in example)
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) else None for x in example)
-    try:
-        with quiet_evaluation(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(model, example, dynamic_shapes=(dynamic,) if _takes_varargs(model) else dynamic).module()
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ValueError(f"this model's code holds constants, and torch.export cannot follow it for any batch size: {reason}") from error
-    for node in list(exported.graph.nodes):
-        if node.op == "call_module" and "guards" in str(node.target):
-            exported.graph.erase_node(node)
-    _simplify_calling(exported.graph)
-    plain = fx.GraphModule(exported, exported.graph)
-    _restore(plain, model)
-    return plain
-
-
-def _simplify_calling(graph: fx.Graph) -> None:
-    """Positional tensors in and one tensor out need no tree of arguments around the graph's code."""
-    (output,) = graph.find_nodes(op="output")
-    spec = getattr(graph._codegen, "pytree_info", None)
-    if spec is not None and spec.out_spec == torch.utils._pytree.tree_structure(0):
-        output.args = (output.args[0][0],)
-        graph.set_codegen(fx.graph.CodeGen())
-
-
-def _takes_varargs(model: nn.Module) -> bool:
-    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
-
-
-def _restore(graph: fx.GraphModule, model: nn.Module) -> None:
-    """Tensors the graph does not use (counters, spare parameters) stay part of the model."""
-    have = {**dict(graph.named_parameters(remove_duplicate=False)), **dict(graph.named_buffers(remove_duplicate=False))}
-    stored = model.state_dict().keys()
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        if name not in have:
-            _owner(graph, name).register_parameter(name.rpartition(".")[2], tensor)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name not in have:
-            _owner(graph, name).register_buffer(name.rpartition(".")[2], buffer, persistent=name in stored)
-
-
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    for part in name.split(".")[:-1]:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    return module
 
 
 class _Recorder(fx.Interpreter):
@@ -115,20 +60,9 @@ class _Recorder(fx.Interpreter):
 
 def _observe(graph: fx.GraphModule, example: tuple[Any, ...]) -> tuple[Trace, Seen]:
     results: Seen = {}
-    trace = watch(graph, lambda: _Recorder(graph, results.__setitem__).run(*example), example)
+    trace = watch(graph, lambda: _Recorder(graph, results.__setitem__).run(*placeholder_values(graph, example)), example)
     dims = {node: torch.utils._pytree.tree_map_only(Tensor, trace.ledger.of, result) for node, result in results.items()}
     return trace, dims
-
-
-def _gone(trace: Trace, plan: Plan) -> np.ndarray:
-    parts = [np.zeros(0, dtype=np.int64)]
-    for group in plan.structure.groups:
-        if group.name in plan.keep:
-            atoms = trace.atoms.get(group.name, parts[0])
-            if len(atoms) != group.size:
-                raise ValueError(f"group {group.name!r} has {group.size} channels in the plan and {len(atoms)} in the exported graph")
-            parts.append(atoms[lost(plan, group)])
-    return np.concatenate(parts)
 
 
 class _Cut:
@@ -150,6 +84,9 @@ class _Cut:
     def groups(self, dim: Dim, groups: int) -> int:
         """How many of equally wide groups stay of a dimension."""
         return self.left(self.atoms.factor(dim.labels, (groups, len(dim) // groups))[0])
+
+
+Rewriter = Callable[[_Cut, fx.Node, Seen], None]
 
 
 def _name(node: fx.Node) -> str:
@@ -176,15 +113,30 @@ def _set(node: fx.Node, position: int, value: Any) -> None:
         node.update_kwarg(_parameter(node, position).name, value)
 
 
-def _sizes(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    """view, reshape, expand: every constant size that is cut."""
-    pairs = zip(_get(node, 1), seen[node], strict=True)
-    _set(node, 1, [n if isinstance(n, fx.Node) or n == -1 else cut.size(d) if cut.changed(d) else n for n, d in pairs])
+def _sizes_at(position: int) -> Rewriter:
+    """view, reshape, expand, new tensors: every size that is cut."""
+
+    def rewriter(cut: _Cut, node: fx.Node, seen: Seen) -> None:
+        pairs = list(zip(_get(node, position), seen[node], strict=True))
+        _set(node, position, [_resized(cut, node, n, d) if cut.changed(d) and n != -1 else n for n, d in pairs])
+
+    return rewriter
+
+
+def _resized(cut: _Cut, node: fx.Node, size: Any, dim: Dim) -> Any:
+    """The new size of a dimension; of one that is only known at run time, such as examples times heads, the share that stays."""
+    if not isinstance(size, fx.Node):
+        return cut.size(dim)
+    share = Fraction(cut.size(dim), len(dim))
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, (size, share.numerator))
+        return node.graph.call_function(operator.floordiv, (product, share.denominator))
 
 
 def _unflatten(cut: _Cut, node: fx.Node, seen: Seen) -> None:
-    dim = _get(node, 1) % len(seen[_get(node, 0)])
-    _set(node, 2, [n if isinstance(n, fx.Node) or n == -1 else cut.size(seen[node][dim + k]) for k, n in enumerate(_get(node, 2))])
+    first = _get(node, 1) % len(seen[_get(node, 0)])
+    pairs = list(zip(_get(node, 2), seen[node][first:], strict=False))
+    _set(node, 2, [_resized(cut, node, n, d) if cut.changed(d) and n != -1 else n for n, d in pairs])
 
 
 def _pad(cut: _Cut, node: fx.Node, seen: Seen) -> None:
@@ -220,7 +172,7 @@ def _split(cut: _Cut, node: fx.Node, seen: Seen) -> None:
         node.target = torch.ops.aten.split_with_sizes.default
 
 
-def _groups_at(position: int) -> Callable[[_Cut, fx.Node, Seen], None]:
+def _groups_at(position: int) -> Rewriter:
     def rewriter(cut: _Cut, node: fx.Node, seen: Seen) -> None:
         groups = _get(node, position)
         if groups > 1:
@@ -240,8 +192,9 @@ def _attention_scale(cut: _Cut, node: fx.Node, seen: Seen) -> None:
         node.update_kwarg("scale", len(width) ** -0.5)
 
 
-REWRITERS: Mapping[str, Callable[[_Cut, fx.Node, Seen], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), _sizes),
+REWRITERS: Mapping[str, Rewriter] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "new_zeros", "new_ones", "new_full"), _sizes_at(1)),
+    **dict.fromkeys(("zeros", "ones", "full"), _sizes_at(0)),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups_at(6)),
@@ -258,16 +211,13 @@ REWRITERS: Mapping[str, Callable[[_Cut, fx.Node, Seen], None]] = {
 def _slice(graph: fx.GraphModule, plan: Plan) -> None:
     cuts: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), rows in edits(plan).items():
-        if plan.structure.tensors[name].kind != "activation":
-            cuts.setdefault(name, {})[dim] = rows
+        cuts.setdefault(name, {})[dim] = rows
+    own = graph_tensors(graph)
+    planned = {id(tensor): cuts[name] for name, tensor in own.items() if name in cuts}
     shared: dict[int, Tensor] = {}
-    own = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    for name, tensor in own:
-        first.setdefault(id(tensor), name)
-    for name, tensor in own:
+    for name, tensor in own.items():
         if id(tensor) not in shared:
-            shared[id(tensor)] = _copied(tensor, cuts.get(first[id(tensor)], {}))
+            shared[id(tensor)] = _copied(tensor, planned.get(id(tensor), {}))
         setattr(graph.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], shared[id(tensor)])
 
 

@@ -48,8 +48,21 @@ FLOWS: Mapping[str, Flow] = {
         ("report.json", "metrics.json", "report.html"),
     ),
 }
-"""The stages in their order."""
-_MAKER = {name: stage for stage, flow in FLOWS.items() for name in flow.writes}
+"""The stages of the main job in their order."""
+_FLOAT = ("float.safetensors", "float.json")
+QUANTIZATION: Mapping[str, Flow] = {
+    "load": Flow((), _FLOAT),
+    "price": Flow(_FLOAT, ("prices.json",)),
+    "choose": Flow(("prices.json",), ("bits.json",)),
+    "quantize": Flow((*_FLOAT, "bits.json"), ("quantized.safetensors", "quantization.json")),
+    "deploy": Flow(
+        (*_FLOAT, "prices.json", "bits.json", "quantized.safetensors", "quantization.json"),
+        ("float.onnx", "quantized.onnx", "quantized.json"),
+    ),
+}
+"""The stages of quantization, likewise."""
+_FLOWS = {**FLOWS, **QUANTIZATION}
+_MAKER = {name: stage for stage, flow in _FLOWS.items() for name in flow.writes}
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ def open_run(folder: Path) -> Run:
         raise ValueError(f"{folder} holds no run: {MANIFEST} is missing; begin with `curvepress compress` or `curvepress trace`")
     data = read_json(folder / MANIFEST, RUN)
     try:
-        stages = {name: _entry(entry) for name, entry in data["stages"].items() if name in FLOWS}
+        stages = {name: _entry(entry) for name, entry in data["stages"].items() if name in _FLOWS}
         run = Run(folder, _text(data["recipe"]), {k: _text(v) for k, v in data["options"].items()}, stages)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); choose another folder") from None
@@ -173,7 +186,7 @@ def require(run: Run, stage: str) -> None:
 
 
 def _require(run: Run, stage: str, now: Callable[[str], str]) -> None:
-    for name in FLOWS[stage].reads:
+    for name in _FLOWS[stage].reads:
         maker = _MAKER[name]
         entry, path = run.stages.get(maker), run.folder / name
         if name == PLAN and now(name) and (entry is None or now(name) != entry.outputs.get(name)):
@@ -197,15 +210,19 @@ def _fault(entry: Entry | None, name: str, now: Callable[[str], str]) -> str:
 
 def command(run: Run, stage: str) -> str:
     """What to type to do a stage again."""
-    return f"`curvepress trace {run.recipe} --out {run.folder}`" if stage == "trace" else f"`curvepress {stage} {run.folder}`"
+    if stage == "trace":
+        return f"`curvepress trace {run.recipe} --out {run.folder}`"
+    if stage in QUANTIZATION:
+        return f"`curvepress quantize` with --out {run.folder} and --again"
+    return f"`curvepress {stage} {run.folder}`"
 
 
 def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> Run:
     """Record a finished stage; its checkpoints are no longer needed."""
-    flow = FLOWS[stage]
+    flow = _FLOWS[stage]
     inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (flow.reads, flow.writes))
     stages = {**run.stages, stage: Entry(_plain(settings), inputs, outputs, asdict(taken))}
-    run = replace(run, stages={name: stages[name] for name in FLOWS if name in stages})
+    run = replace(run, stages={name: stages[name] for name in _FLOWS if name in stages})
     _write(run)
     for folder in (run.folder / SCRATCH).glob(f"{stage}-*"):
         shutil.rmtree(folder)
@@ -216,7 +233,7 @@ def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> R
 
 def scratch(run: Run, stage: str, settings: Mapping[str, Any]) -> Path:
     """A folder for a stage's own checkpoints, named by its settings and inputs: others never go on from them."""
-    inputs = {name: _digest(run, name) for name in FLOWS[stage].reads}
+    inputs = {name: _digest(run, name) for name in _FLOWS[stage].reads}
     key = hashlib.sha256(json.dumps([_plain(settings), inputs], sort_keys=True).encode()).hexdigest()[:12]
     return run.folder / SCRATCH / f"{stage}-{key}"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ FIT: Mapping[str, Any] = {
     "precision": "full",
 }
 """The settings of the fine-tune where neither the user nor the recipe has others."""
+QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9}
+"""Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
 
 
 def limits(params: str | None, bytes: str | None, macs: str | None) -> dict[str, float | int | None]:
@@ -38,6 +41,51 @@ def limits(params: str | None, bytes: str | None, macs: str | None) -> dict[str,
         said = " ".join(f"--{name} {text}" for name, text in given.items() if text is not None)
         raise ValueError(f"{said} is the whole model; ask for a share below 1, such as 0.5 or 50%, or for a number such as 100000")
     return found
+
+
+def bit_choice(
+    bits: int | None,
+    average: float | None,
+    bytes: str | None,
+    bops: str | None,
+    file: Path | None,
+    *,
+    activations: Sequence[int],
+    target: str,
+) -> dict[str, Any]:
+    """How bits are to be chosen: the same for all (8 where nothing else is asked), those of a file, or the best within budgets.
+
+    Raises:
+        ValueError: if two ways are asked for, or one is out of range.
+    """
+    budgets = {"average": average, "bytes": bytes, "bops": bops}
+    asked = [f"--{k}" for k, v in {"bits": bits, "bits-file": file}.items() if v is not None]
+    asked += [" ".join(f"--{k}" for k, v in budgets.items() if v is not None)] if any(v is not None for v in budgets.values()) else []
+    if len(asked) > 1:
+        raise ValueError(f"bits are asked for in more than one way ({', '.join(asked)}); give one: the same for all, a file, or budgets")
+    widths = sorted({*activations})
+    if not widths or not 2 <= widths[0] <= widths[-1] <= 8:
+        raise ValueError(f"--activations must be from 2 to 8 bits; got {', '.join(map(str, widths)) or 'none'}")
+    if len(widths) > 1 and bops is None:
+        raise ValueError(f"--activations {' '.join(map(str, widths))} leaves a choice, which only --bops limits; give that, or one number")
+    if average is not None and not 2 <= average <= 32:
+        raise ValueError(f"--average must be from 2 to 8 bits (more only where layers stay in float); got {average:g}")
+    return {
+        "bits": bits if asked else 8,
+        "average": average,
+        "bytes": None if bytes is None else _limit("bytes", bytes),
+        "bops": None if bops is None else _limit("bops", bops),
+        "given": None if file is None else _text_of(file),
+        "activations": widths,
+        "target": target,
+    }
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--bits-file {file} cannot be read: {error}; give the bits.json of another run") from None
 
 
 def _limit(name: str, text: str) -> float | int:

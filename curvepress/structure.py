@@ -11,7 +11,7 @@ tensor that carries them: ``rows[c]`` are the indices of that dimension which be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one input of the traced example; ``high`` bounds its integers."""
+    """Shape and dtype of one input of the traced example; ``high`` bounds its integers, ``name`` is that of a keyword input."""
 
     shape: tuple[int, ...]
     dtype: str
     high: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +116,12 @@ def assemble(entries: np.ndarray, sites: Sequence[Site], roles: Sequence[str], t
     for unit, part in zip(units.tolist(), np.split(entries[:, 1:], starts[1:]), strict=True):
         alike.setdefault((part[:, 0].tobytes(), traits[unit]), []).append(part)
     found = [(np.stack(parts), *trait) for (_, trait), parts in alike.items() if parts[0].size]
-    groups: list[Group] = []
-    for parts, kind, frozen in sorted(found, key=lambda f: (_first_site(f[0], roles), f[0][:, 0, 1].min())):
-        members = _members(parts[np.argsort(parts[:, 0, 1])], sites, roles)
-        groups.append(Group(_name(members, [g.name for g in groups]), len(parts), kind, members, frozen))
-    return tuple(groups)
+    found.sort(key=lambda f: (_first_site(f[0], roles), f[0][:, 0, 1].min()))
+    members = [_members(parts[np.argsort(parts[:, 0, 1])], sites, roles) for parts, _, _ in found]
+    names: dict[int, str] = {}
+    for n in sorted(range(len(found)), key=lambda n: len(found[n][0]) == 1):  # one that cannot be cut takes no name from another
+        names[n] = _name(members[n], names.values())
+    return tuple(Group(names[n], len(parts), kind, members[n], frozen) for n, (parts, kind, frozen) in enumerate(found))
 
 
 def _first_site(parts: np.ndarray, roles: Sequence[str]) -> int:
@@ -133,7 +135,7 @@ def _members(parts: np.ndarray, sites: Sequence[Site], roles: Sequence[str]) -> 
     return tuple(Member(sites[s][0], sites[s][1], rows, roles[s]) for s, rows in columns.items())
 
 
-def _name(members: tuple[Member, ...], taken: Sequence[str]) -> str:
+def _name(members: tuple[Member, ...], taken: Collection[str]) -> str:
     """Of the first weight that makes the channels, or else of the first that reads or carries them."""
     made = [m.tensor.removesuffix(".weight") for m in members if m.role == "out"]
     first = made[0] if made else f"{members[0].tensor.removesuffix('.weight')} ({members[0].role})"

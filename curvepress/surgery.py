@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .masking import masked_output
-from .plan import Plan, edits
+from .labelling import lost_rows
+from .masking import masked, stay
+from .objective import call, outputs
+from .plan import Plan
 from .rewriting import rewrite
 from .structure import InputSpec
-from .tracing import model_tensors, quiet_evaluation
+from .tracing import Trace, atoms_lost, model_tensors, quiet_evaluation, run, watch
+from .widths import Place, Watched, mend, shadow
 
 log = logging.getLogger("curvepress")
 
@@ -58,8 +61,12 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     if not plan.keep:
         return Applied(copy.deepcopy(model), "module")
     example = example or _on_device_of(model, synthetic(plan.structure.inputs))
-    wanted = masked_output(model, plan, example)
+    seen = Watched()
+    trace = watch(model, lambda: _run_shadow(model, example, seen), example)
+    gone = atoms_lost(trace, plan, model_tensors(model))
     small = sliced(model, plan)
+    mend(small, _widths_left(trace, gone, seen))
+    wanted = masked(model, plan, example, trace, gone)
     trouble = _disagreement(small, example, wanted)
     if not trouble:
         return Applied(small, "module")
@@ -69,34 +76,52 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     return Applied(graph, "graph", trouble)
 
 
-def synthetic(inputs: tuple[InputSpec, ...], seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of the traced shapes: normal for floating point, uniform below the traced bound for integers."""
+def _run_shadow(model: nn.Module, example: tuple[Any, ...], seen: Watched) -> Any:
+    with seen:
+        return run(shadow(model), example)
+
+
+def _widths_left(trace: Trace, gone: np.ndarray, seen: Watched) -> dict[Place, int]:
+    """The new value of every number that is the size of dimensions that are cut, where all of them agree."""
+    left: dict[Place, set[int]] = {}
+    for use in seen.uses(trace.ledger):
+        if use.dim.labelled:
+            size = int((~lost_rows(trace.ledger.atoms, use.dim.labels, gone)).sum())
+            left.setdefault(use.place, set()).add(size)
+    return {place: sizes.pop() for place, sizes in left.items() if len(sizes) == 1}
+
+
+def synthetic(inputs: tuple[InputSpec, ...], seed: int = 0) -> tuple[Any, ...]:
+    """Random inputs of the traced shapes: normal for floating point, uniform below the traced bound for integers, masks of ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(spec: InputSpec) -> Tensor:
         dtype = getattr(torch, spec.dtype)
+        if "mask" in spec.name:
+            return torch.ones(spec.shape, dtype=dtype)
         if dtype.is_floating_point:
             return torch.randn(spec.shape, generator=generator, dtype=torch.float64).to(dtype)
         return torch.randint(max(spec.high, 1), spec.shape, generator=generator).to(dtype)
 
-    return tuple(map(one, inputs))
+    named = {i.name: one(i) for i in inputs if i.name}
+    return (*(one(i) for i in inputs if not i.name), *([named] if named else []))
 
 
-def _on_device_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _on_device_of(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     device = next((t.device for t in model_tensors(model).values()), torch.device("cpu"))
-    return tuple(x.to(device) for x in inputs)
+    return tuple(torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
 
 
 def sliced(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy with tensors sliced and the widths that known layers repeat as attributes mended; not verified."""
     small = copy.deepcopy(model)
-    tensors, stay = model_tensors(small), edits(plan)
+    tensors, cuts = model_tensors(small), stay(plan)
     names = {id(t): n for n, t in tensors.items()}
-    new = {n: _narrowed(t, {d: stay[n, d] for d in range(t.ndim) if (n, d) in stay}) for n, t in tensors.items()}
+    new = {n: _narrowed(t, cuts.get(n, {})) for n, t in tensors.items()}
     for module in small.modules():
         own = {k: names[id(t)] for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
         if any(new[n] is not tensors[n] for n in own.values()):
-            _mend(module, {k: stay.get((n, 0)) for k, n in own.items()}, {k: new[n] for k, n in own.items()})
+            _mend(module, {k: cuts.get(n, {}).get(0) for k, n in own.items()}, {k: new[n] for k, n in own.items()})
         for key, name in own.items():
             setattr(module, key, new[name])
     return small
@@ -151,19 +176,15 @@ def _disagreement(model: nn.Module, example: tuple[Any, ...], wanted: Any) -> st
     """How the model's output differs from the wanted one; empty if it does not."""
     try:
         with torch.no_grad(), quiet_evaluation(model):
-            got = model(*example)
+            got = call(model, example)
     except Exception as error:
         return f"fails with {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
-    if len(_tensors(got)) != len(_tensors(wanted)) or any(a.shape != b.shape for a, b in pairs):
-        return f"gives outputs of shape {[tuple(t.shape) for t in _tensors(got)]}, not {[tuple(t.shape) for t in _tensors(wanted)]}"
-    for a, b in pairs:
+    shapes, wanted_shapes = ([tuple(t.shape) for t in outputs(x)] for x in (got, wanted))
+    if shapes != wanted_shapes:
+        return f"gives outputs of shape {shapes}, not {wanted_shapes}"
+    for a, b in zip(outputs(got), outputs(wanted), strict=True):
         scale = float(b.abs().max()) if b.numel() else 0.0
         apart = float((a - b).abs().max()) if b.numel() else 0.0
         if not apart <= TOLERANCE.get(b.dtype, 2e-2) * max(scale, 1e-6):
             return f"differs from the masked original by {apart:.2g} where its largest output is {scale:.2g}"
     return ""
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from . import report as reports
@@ -29,6 +29,11 @@ def print_what_can_be() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def hush() -> None:
+    """Have this process print nothing but what goes wrong."""
+    console.quiet = True
 
 
 def say(*parts: str) -> None:
@@ -92,13 +97,6 @@ def tell(stage: str, outcome: Outcome) -> None:
     say(f"{stage:8} {how:24} {', '.join(outcome.entry.outputs)}")
 
 
-def clock(seconds: float) -> str:
-    """A duration, roughly."""
-    if seconds < 1:
-        return "less than 1 s"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def show_groups(structure: Structure) -> None:
     """A table of the groups of a model."""
     table = Table("group", "kind", "channels", "tensors", "may be cut")
@@ -118,6 +116,40 @@ def show_costs(before: Cost, after: Cost) -> None:
         new = getattr(after, name)
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     console.print(table)
+
+
+def show_quantized(facts: Mapping[str, Any], folder: Path) -> None:
+    """What became of a quantized model: the bits with their reasons, then accuracy, size, kernels and latency."""
+    table = Table(
+        Column("weight or site", overflow="fold"),
+        "elements",
+        "bits",
+        "predicted rise",
+        "with one bit less",
+        title="bits and why",
+        title_justify="left",
+    )
+    for row in (*facts["weights"], *facts["sites"]):
+        shown = "float" if row["bits"] is None else str(row["bits"])
+        table.add_row(Text(row["name"]), f"{row['elements']:,}", shown, _priced(row["price"]), _priced(row.get("fewer")))
+    console.print(table)
+    choice, sizes, agreement = facts["choice"], facts["bytes"], facts["agreement"]
+    say(f"bits: {choice['average']:.2f} a weight on average; predicted rise of the loss {_priced([choice['rise'], choice['stderr']])}")
+    for name, metrics in facts["validation"].items():
+        say(f"{name + ':':12} {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}  (validation)")
+    say(f"kernels: {facts['kernels']} in ONNX Runtime, which predicts the same as the simulation for {agreement['same']:.2f} %")
+    for name, reason in agreement["kernels"]["float"].items():
+        say(f"in float: {name}, since {reason}")
+    packed = sizes["quantized.safetensors"]
+    say(f"bytes: {packed:,} packed, {sizes['float weights'] / packed:.1f} times fewer than float weights; ONNX {sizes['quantized.onnx']:,}")
+    for t in facts["latency"][1::2]:
+        low, middle, high = (1 / t["ratio"][k] for k in ("high", "median", "low"))
+        say(f"latency, batch {t['batch']}: {middle:.2f} times as fast as float in ONNX Runtime (middle half {low:.2f} to {high:.2f})")
+    say(f"files: {folder.resolve()}")
+
+
+def _priced(price: Sequence[float] | None) -> str:
+    return "-" if price is None else f"{price[0]:.2g} ± {price[1]:.1g}"
 
 
 def show_report(report: reports.Report, page: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .labelling import Dim, Ledger
+from .algebra import CONVOLVED, INNER, OUTER, QUERY_KEY, TABLE, VALUE
+from .labelling import Dim, Ledger, lost_rows
+from .objective import arguments, call, outputs
 from .operators import observe
+from .plan import Plan, edits, lost
 from .structure import Group, InputSpec, Site, Structure, TensorSpec, assemble
 
 UNUSED = "not used in the traced forward pass"
 SILENT = ("kernel", "work")
 
 
-def trace(model: nn.Module, *example: Tensor) -> Structure:
+def trace(model: nn.Module, *example: Any) -> Structure:
     """Which dimensions of the model's tensors must change together, from one forward pass in evaluation mode.
 
     The model is left as it is.  Operators without a rule freeze what they touch; the reason is in ``Group.frozen``.
 
     Args:
-        example: the inputs of one forward pass; multiply-accumulates are counted per example of its first dimension.
+        example: the inputs of one forward pass, a mapping for keyword inputs; multiply-accumulates are counted per example of
+            the first tensor's first dimension.  Model and example may be on the meta device; what values would decide there
+            is taken as zero.
 
     Raises:
         ValueError: if the model cannot be run on the example.
@@ -34,39 +40,42 @@ def trace(model: nn.Module, *example: Tensor) -> Structure:
     return watch(model, lambda: run(model, example), example).structure
 
 
-def run(model: nn.Module, example: Sequence[Tensor]) -> Any:
+def run(model: nn.Module, example: Sequence[Any]) -> Any:
     """The model's output for the example.
 
     Raises:
         ValueError: if the forward pass fails.
     """
     try:
-        return model(*example)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x) for x in example)
+        return call(model, example)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        positional, named = arguments(example)
+        shapes = ", ".join([*map(_seen, positional), *(f"{k}={_seen(x)}" for k, x in named.items())])
         raise ValueError(f"the model does not run on the example ({shapes}): {type(error).__name__}: {error}") from error
+
+
+def _seen(x: Any) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A structure, the ledger it was read from, and the atom of every channel of every group."""
+    """A structure and the ledger it was read from."""
 
     structure: Structure
     ledger: Ledger
-    atoms: dict[str, np.ndarray]
 
 
-def watch(model: nn.Module, forward: Callable[[], Any], example: Sequence[Tensor]) -> Trace:
+def watch(model: nn.Module, forward: Callable[[], Any], example: Sequence[Any]) -> Trace:
     """Run ``forward``, which must use the tensors of ``model``, and read off the structure."""
     ledger, tensors = Ledger(), model_tensors(model)
     for name, tensor in tensors.items():
         if tensor.ndim and tensor.is_floating_point():
             ledger.adopt(name, tensor)
-    with quiet_evaluation(model), torch.no_grad(), _Watch(ledger):
+    with quiet_evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Watch(ledger):  # one kernel for any widths
         out = forward()
-    for tensor in torch.utils._pytree.tree_leaves(out):
-        if isinstance(tensor, Tensor):
-            ledger.freeze(ledger.of(tensor), "model output")
+    for tensor in outputs(out):
+        ledger.freeze(ledger.of(tensor), "model output")
     return _read(ledger, model, tensors, example)
 
 
@@ -96,40 +105,50 @@ class _Watch(TorchDispatchMode):
         self.ledger = ledger
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        unknowable = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
+        result = torch.zeros((), dtype=args[0].dtype).item() if unknowable else func(*args, **(kwargs or {}))
         observe(self.ledger, func, args, kwargs or {}, result)
         return result
 
 
-def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Tensor]) -> Trace:
+def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Any]) -> Trace:
     specs = {**_specs(model, tensors), **_products(ledger)}
-    batch = next((len(x) for x in example if isinstance(x, Tensor) and x.ndim), 1)
+    inputs = _inputs(example)
+    batch = next((i.shape[0] for i in inputs if i.shape), 1)
     specs = {n: TensorSpec(t.shape, t.dtype, t.kind, ledger.positions.get(n, 0) // batch) for n, t in specs.items()}
     found = list(_sites(ledger, tensors))
     entries = [_entries(ledger, n, dim) for n, (_, dim, _) in enumerate(found)]
     table = np.concatenate([*entries, np.zeros((0, 3), dtype=np.int64)])
     sites, roles = [s for s, _, _ in found], [r for _, _, r in found]
     table = _audible(table, roles)
-    traits = _traits(ledger, table, sites, roles, specs)
+    traits = _traits(ledger, table, sites, roles)
     groups = assemble(table, sites, roles, traits)
-    structure = Structure(specs, groups, tuple(_input(x) for x in example if isinstance(x, Tensor)))
-    return Trace(structure, ledger, _atoms(ledger, groups, dict(zip(sites, (d for _, d, _ in found), strict=True))))
+    return Trace(Structure(specs, groups, inputs), ledger)
 
 
 def _sites(ledger: Ledger, tensors: dict[str, Tensor]) -> Iterator[tuple[Site, Dim, str]]:
     """Every dimension that may carry channels, in the model's order, with its role."""
+    _freeze_unused(ledger, tensors)
     for name, tensor in tensors.items():
         for n, dim in enumerate(ledger.of(tensor)):
-            role = ledger.roles.get((name, n))
-            unseen = not any((name, k) in ledger.roles for k in range(tensor.ndim))
-            if role is None and unseen:
-                ledger.freeze([dim], UNUSED)
-            if dim.labelled and (role or unseen):
-                yield (name, n), dim, role or "along"
-            elif dim.labelled:
-                ledger.freeze([dim], "not a dimension of channels")
+            if dim.labelled and (role := ledger.roles.get((name, n), "along")):
+                yield (name, n), dim, role
     for name, dims in ledger.products.items():
         yield from (((name, n), dim, "work") for n, dim in enumerate(dims))
+
+
+def _freeze_unused(ledger: Ledger, tensors: dict[str, Tensor]) -> None:
+    """What no operator read stays, and where data decided what was read, so does all that it might have been coupled with."""
+    unused = {n: t for n, t in tensors.items() if id(t) not in ledger.touched}
+    for tensor in unused.values():
+        ledger.freeze(ledger.of(tensor), UNUSED)
+    if not ledger.decided_by_data:
+        return
+    lengths = {k: n for n, t in unused.items() if isinstance(t, nn.Parameter) for k in t.shape if k > 1}
+    for tensor in tensors.values():
+        for dim in ledger.of(tensor):
+            if len(dim) in lengths:
+                ledger.freeze([dim], f"may be coupled with {lengths[len(dim)]}, which the example did not reach as data decide its use")
 
 
 def _entries(ledger: Ledger, site: int, dim: Dim) -> np.ndarray:
@@ -144,38 +163,74 @@ def _audible(table: np.ndarray, roles: Sequence[str]) -> np.ndarray:
     return table[np.isin(table[:, 0], table[heard, 0])]
 
 
-KINDS = (("hidden", "head", "head_dim"), ("channel", "channel_group", "channel_in_group"))
-"""What a group is called, by whether a convolution makes it and by the factor of a split its atoms come from."""
+ATTENDED = ("hidden", "query-key", "value", "head_dim")
+"""What carries the marks of attention is called by them: none, of queries and keys, of values, or of both at once."""
 
 
-def _traits(
-    ledger: Ledger, table: np.ndarray, sites: list[Site], roles: list[str], specs: dict[str, TensorSpec]
-) -> dict[int, tuple[str, str]]:
+def _traits(ledger: Ledger, table: np.ndarray, sites: list[Site], roles: list[str]) -> dict[int, tuple[str, str]]:
     """Kind and reason to be frozen of every atom."""
     atoms = np.unique(table[:, 0])
+    marks = ledger.atoms.marks(atoms)
 
-    def lives(wanted: Callable[[int], bool]) -> list[bool]:
-        return np.isin(atoms, table[np.isin(table[:, 1], [s for s in range(len(sites)) if wanted(s)]), 0]).tolist()
+    def lives(wanted: Iterable[int]) -> np.ndarray:
+        return np.isin(atoms, table[np.isin(table[:, 1], list(wanted)), 0])
 
-    made = lives(lambda s: roles[s] == "out")
-    convolved = lives(lambda s: roles[s] == "out" and len(specs[sites[s][0]].shape) > 2)
-    levels, reasons = ledger.atoms.level(atoms).tolist(), ledger.atoms.reasons(atoms)
-    kinds = [KINDS[c][level] if m else "input" for m, c, level in zip(made, convolved, levels, strict=True)]
-    return dict(zip(atoms.tolist(), zip(kinds, reasons, strict=True), strict=True))
-
-
-def _atoms(ledger: Ledger, groups: Sequence[Group], dims: dict[Site, Dim]) -> dict[str, np.ndarray]:
-    """The atom of every channel: the one that is common to all its rows."""
-    return {g.name: _common_atom(ledger, g, dims) for g in groups}
+    made = [s for s, role in enumerate(roles) if role == "out"]
+    attended = np.isin(table[:, 1], made) & np.isin(table[:, 0], atoms[marks & (QUERY_KEY | VALUE) > 0])
+    projections = {sites[s][0] for s in np.unique(table[attended, 1]).tolist()}
+    stream = lives(s for s, role in enumerate(roles) if role == "in" and sites[s][0] in projections) | (marks & TABLE > 0)
+    columns = zip(marks.tolist(), lives(made).tolist(), stream.tolist(), strict=True)
+    kinds = [_kind(*column) for column in columns]
+    return dict(zip(atoms.tolist(), zip(kinds, ledger.atoms.reasons(atoms), strict=True), strict=True))
 
 
-def _common_atom(ledger: Ledger, group: Group, dims: dict[Site, Dim]) -> np.ndarray:
-    owned = [ledger.atoms.resolve(dims[m.tensor, m.dim].labels)[m.rows.ravel()].reshape(group.size, -1) for m in group.members]
-    candidates = owned[0]
-    share = np.zeros(candidates.shape, dtype=np.int64)
-    for atoms in owned:
-        share += (atoms[:, None, :] == candidates[:, :, None]).sum(axis=2)
-    return candidates[np.arange(group.size), np.where(candidates >= 0, share, -1).argmax(axis=1)]
+def _kind(marks: int, made: bool, stream: bool) -> str:
+    """What a group is called: by what attention does with it, by who reads or makes it, and by the factor of a split it comes from."""
+    if marks & (QUERY_KEY | VALUE):
+        return ATTENDED[marks // QUERY_KEY % len(ATTENDED)]
+    if not made:
+        return "input"
+    convolved = marks & CONVOLVED
+    if marks & INNER:
+        return "channel_in_group" if convolved else "head_dim"
+    if marks & OUTER:
+        return "channel_group" if convolved else "head"
+    return "embedding" if stream else "channel" if convolved else "hidden"
+
+
+def atoms_lost(trace: Trace, plan: Plan, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The atoms that a plan removes, in a trace of the model with these tensors.
+
+    Raises:
+        ValueError: if the trace has another structure than the plan, with the name of a tensor where they differ.
+    """
+    ledger, parts = trace.ledger, [np.zeros(0, dtype=np.int64)]
+    for group in plan.structure.groups:
+        if group.name in plan.keep:
+            parts.append(_common_atom(ledger, group, tensors)[lost(plan, group)])
+    gone = np.concatenate(parts)
+    cut = edits(plan)
+    for name, tensor in ((n, tensors[n]) for n in plan.structure.tensors if n in tensors):
+        for n, dim in enumerate(ledger.of(tensor)):
+            stays = np.flatnonzero(~lost_rows(ledger.atoms, dim.labels, gone))
+            if not np.array_equal(stays, cut.get((name, n), np.arange(len(dim)))):
+                raise ValueError(
+                    f"the plan does not fit this model: what it removes is coupled otherwise in dimension {n} of {name!r}; trace again"
+                )
+    return gone
+
+
+def _common_atom(ledger: Ledger, group: Group, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The atom of every channel: the one that is common to all its rows and lives in no other channel's."""
+    members = [m for m in group.members if m.tensor in tensors]
+    dims = [ledger.of(tensors[m.tensor])[m.dim] for m in members]
+    owned = [ledger.atoms.resolve(d.labels)[m.rows.ravel()].reshape(group.size, -1) for d, m in zip(dims, members, strict=True)]
+    every, channel = np.concatenate(owned, axis=1), np.arange(group.size)
+    atoms, place = np.unique(every, return_inverse=True)
+    counts = np.zeros((group.size, len(atoms)), dtype=np.int64)
+    np.add.at(counts, (channel[:, None], place.reshape(every.shape)), 1)
+    own = (counts == counts.sum(axis=0)) & (atoms >= 0)
+    return np.asarray(atoms[np.where(own, counts, -1).argmax(axis=1)])
 
 
 def _specs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
@@ -191,8 +246,14 @@ def _products(ledger: Ledger) -> dict[str, TensorSpec]:
     return {n: TensorSpec(tuple(map(len, dims)), "float32", "activation") for n, dims in ledger.products.items()}
 
 
-def _input(x: Tensor) -> InputSpec:
-    return InputSpec(tuple(x.shape), _dtype(x), 0 if x.is_floating_point() or not x.numel() or x.is_meta else int(x.max()) + 1)
+def _inputs(example: Sequence[Any]) -> tuple[InputSpec, ...]:
+    positional, named = arguments(example)
+    return tuple(_input(x, name) for name, x in [*(("", x) for x in positional), *named.items()] if isinstance(x, Tensor))
+
+
+def _input(x: Tensor, name: str) -> InputSpec:
+    bounded = not x.is_floating_point() and x.numel() and not x.is_meta
+    return InputSpec(tuple(x.shape), _dtype(x), int(x.max()) + 1 if bounded else 0, name)
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -60,6 +60,7 @@ class _Settings:
     weight_decay: float
     temperature: float
     distill_weight: float
+    clip_norm: float
     precision: str
     seed: int
 
@@ -75,6 +76,7 @@ class _Settings:
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "temperature": (0 < self.temperature < math.inf, "a positive number"),
             "distill_weight": (0 <= self.distill_weight <= 1, "in [0, 1]"),
+            "clip_norm": (self.clip_norm > 0, "a positive number, or infinity"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             "seed": (isinstance(self.seed, int) and self.seed >= 0, "a whole number, 0 or more"),
         }
@@ -98,6 +100,7 @@ def fit(
     teacher: nn.Module | None = None,
     temperature: float = 4.0,
     distill_weight: float = 0.9,
+    clip_norm: float = math.inf,
     precision: str = "full",
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     seed: int = 0,
@@ -119,6 +122,7 @@ def fit(
         teacher: a model whose softened predictions are learnt too (Hinton, Vinyals and Dean, 2015):
             ``(1 - distill_weight) * loss + distill_weight * temperature² * KL(teacher || model)``.  Both models
             must then return logits ``[examples, classes]``.
+        clip_norm: gradients whose norm over all parameters is larger are shortened to it; training on low bits needs that.
         precision: ``full``, or ``bfloat16`` for automatic mixed precision: weights and their updates stay in full precision.
         evaluate: metrics on a validation split; the first one counts, larger is better.
         checkpoints: a folder where the state after each epoch is kept, for the same call to continue from.
@@ -129,7 +133,7 @@ def fit(
         ValueError: if an argument is out of range, the loss is not finite, or the checkpoint is damaged or of another call.
     """
     descent = epochs, lr, optimizer, schedule, tuple(milestones), momentum, weight_decay
-    settings = _Settings(*descent, temperature, distill_weight, precision, seed)
+    settings = _Settings(*descent, temperature, distill_weight, clip_norm, precision, seed)
     if not callable(batches):
         raise ValueError(f"batches must be a function of a seed that returns the batches of one epoch; got a {type(batches).__name__}")
     student, guide = deepcopy(model), None if teacher is None else deepcopy(teacher).eval()
@@ -225,6 +229,8 @@ def _descend(run: _Run, batch: Batch, rate: float) -> float:
     with torch.autocast(device, torch.bfloat16, enabled=run.settings.precision == "bfloat16"):
         value = batch_loss(run.model, run.objective, batch)
     value.backward()
+    if run.settings.clip_norm < math.inf:
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.clip_norm)
     run.descent.step()
     return value.item()
 

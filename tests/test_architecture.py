@@ -15,33 +15,47 @@ TABLE = {
     "algebra": "",
     "files": "",
     "metering": "",
+    "quantizer": "",
+    "rounding": "quantizer",
+    "packing": "quantizer files",
     "plan": "structure",
     "costs": "plan",
     "labelling": "structure algebra",
     "operators": "algebra labelling",
-    "tracing": "structure labelling operators",
-    "masking": "plan tracing",
-    "rewriting": "plan labelling tracing algebra",
-    "surgery": "structure plan tracing masking rewriting",
+    "tracing": "structure plan objective algebra labelling operators",
+    "masking": "plan objective labelling operators tracing",
+    "widths": "labelling tracing",
+    "graphs": "objective tracing",
+    "rewriting": "plan labelling tracing algebra graphs",
+    "surgery": "structure plan objective labelling tracing masking widths rewriting",
     "curvature": "objective",
     "scores": "structure curvature objective",
-    "planner": "structure plan costs scores",
+    "alignment": "structure",
+    "planner": "structure plan costs scores alignment",
     "batchnorm": "objective",
     "checkpointing": "files",
     "training": "objective checkpointing",
-    "export": "",
+    "quantized": "objective graphs quantizer packing",
+    "export": "objective quantizer quantized",
+    "bitwidths": "curvature objective quantized quantizer",
+    "allocation": "bitwidths packing quantized",
+    "requantization": "objective quantizer rounding quantized",
     "report": "structure plan costs scores",
-    "artifacts": "structure plan scores tracing surgery files",
+    "artifacts": "structure plan curvature scores tracing surgery files",
     "recipe_files": "",
     "recipe": "objective recipe_files",
     "runs": "plan files artifacts metering",
     "settings": "recipe training",
-    "desk": "structure plan artifacts recipe runs",
+    "desk": "structure objective plan artifacts recipe runs",
     "findings": "plan costs artifacts report desk runs",
-    "pipeline": "everything but terminal cli",
+    "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
+    "bitwidths allocation requantization",
+    "options": "allocation bitwidths requantization",
+    "pipeline": "everything but terminal options cli",
     "terminal": "structure costs report desk pipeline",
     "cli": "everything",
-    "__init__": "everything but pipeline terminal cli",
+    "__main__": "cli",
+    "__init__": "everything but pipeline terminal options cli",
 }
 
 # Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
@@ -52,10 +66,10 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "plan", "costs", "planner", "report", "algebra"}
-WRITERS = {"files", "artifacts", "checkpointing", "runs", "pipeline", "export", "metering", "terminal", "cli"}
+WITHOUT_TORCH = {"structure", "alignment", "plan", "costs", "planner", "report", "algebra"}
+WRITERS = {"files", "artifacts", "packing", "checkpointing", "runs", "quantization", "pipeline", "export", "metering", "terminal", "cli"}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
-MODULE_MAKERS = {"rewriting"}
+MODULE_MAKERS = {"rewriting", "quantized", "export"}
 
 # Whatever is loaded is data, never a program; this holds in every folder.
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch.save", "torch.load", "eval", "exec"}
@@ -75,7 +89,7 @@ def forbidden_imports(graph: dict[str, set[str]]) -> list[str]:
     found = []
     for module, targets in graph.items():
         row = TABLE.get(unit(module), "")
-        allowed = {unit(module), *(set(TABLE) - {"cli", "__init__"} if row.startswith("everything") else row.split())}
+        allowed = {unit(module), *(set(TABLE) - {"cli", "__init__", "__main__"} if row.startswith("everything") else row.split())}
         if row == "everything":
             allowed |= {"__init__"}
         found += [

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from curvepress import cli, files, pipeline, scores
+from curvepress import cli, files, pipeline
 from curvepress import report as reports
+from curvepress.curvature import setup
 from curvepress.export import Agreement, Quartiles, Timing
 from curvepress.plan import from_json, to_json
 from curvepress.runs import FLOWS
@@ -239,15 +240,15 @@ def test_scores_killed_half_way_go_on_from_their_samples(
     first: Path, recipe: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ):
     computed = []
-    diagonal = scores.hessian_diagonal
+    sample = setup.Setup.sample
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         computed.append(1)
         if len(computed) == 3:
             raise Killed
-        return diagonal(*args, **kwargs)
+        return sample(*args, **kwargs)
 
-    monkeypatch.setattr(scores, "hessian_diagonal", deadly)
+    monkeypatch.setattr(setup.Setup, "sample", deadly)
     with pytest.raises(Killed):
         typed(*compress(tmp_path / "run", recipe))
     assert typed(*compress(tmp_path / "run", recipe)).code == 0
@@ -475,7 +476,7 @@ def test_settings_that_cannot_be_are_refused_before_the_work(recipe: Path, tmp_p
     ):
         assert message in refused(*compress(out, recipe, *more))
     for more, message in (
-        (("--method", "guess"), "hessian_trace"),
+        (("--method", "guess"), "mask_curvature"),
         (("--epochs", "-1"), "--epochs"),
         (("--optimizer", "lion"), "adamw"),
         (("--floor", "2"), "--floor"),

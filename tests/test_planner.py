@@ -123,8 +123,8 @@ def test_scores_of_another_model_are_refused() -> None:
         search(structure_of("vgg"), scored(structure_of("mlp")), at_most(params=0.5))
 
 
-@pytest.mark.parametrize("wrong", [{"per": "watt"}, {"multiple": 0}, {"floor": 2.0}])
+@pytest.mark.parametrize("wrong", [{"per": "watt"}, {"multiple": 0}, {"floor": 2.0}, {"multiple": {"head": 0}}, {"whole": "head"}])
 def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
     structure = structure_of()
-    with pytest.raises(ValueError, match="search needs per in"):
+    with pytest.raises(ValueError, match="search needs per in|widths need multiple"):
         search(structure, scored(structure), at_most(params=0.5), **wrong)

@@ -78,7 +78,7 @@ SPOILT = [
     (LOSS, "return F.cross_entropy(output, targets + 7)", r"Target \d+ is out of bounds.*line \d+ of task.py.* do the labels fit"),
     (LOSS, "return {}['key']", r"KeyError: 'key' .line \d+ of task.py"),
     (LOSS, "return F.cross_entropy(output.detach(), targets)", "gradients do not reach the weights; look for no_grad"),
-    (LOSS, "return output.sum() * torch.inf", "the loss of a batch of 16 is -?inf"),
+    (LOSS, "return output.sum() * torch.inf", "the loss of a batch is -?inf"),
     ("return x, (x", "return x / 0, (x", "the first calibration batch holds NaN or infinity"),
     ("torch.randn(64, 6", "torch.randn(64, 7", r"inputs \(16, 7\) torch.float32: the model does not run on it: RuntimeError"),
     (PAIRS, "[(x[rows], y[rows], 1) for rows in order.split(16)]", r"pairs \(inputs, targets\); got a tuple of 3: \(16, 6\) torch.float32"),

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from zoo import make
 
+from curvepress.curvature.examples import Sums
 from curvepress.objective import Batch
 from curvepress.scores import LOSS_UNIT, METHODS, predicted_rise, score
 from curvepress.structure import Structure
@@ -49,8 +50,8 @@ def relative_trace(model: nn.Module, structure: Structure, batches: list[Batch],
 @pytest.mark.parametrize(("name", "group"), [("resnet", "stem.0"), ("mobilenet", "expand.0"), ("inception", "a")])
 def test_the_relative_trace_covers_the_dense_one_within_its_error_bars(name: str, group: str) -> None:
     model, structure, batches = setting(name, 2)
-    exact = relative_trace(model, structure, batches, group)
-    draws = [score(model, F.cross_entropy, batches, structure, samples=2, probes=5, seed=seed).values[group] for seed in range(40)]
+    exact, how = relative_trace(model, structure, batches, group), {"method": "hessian_trace", "estimator": "hessian"}
+    draws = [score(model, F.cross_entropy, batches, structure, samples=2, probes=5, seed=seed, **how).values[group] for seed in range(40)]
     mean, error = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1) / np.sqrt(len(draws))
     dead = error == 0
     assert np.allclose(mean[dead], exact[dead]) and not dead.all()
@@ -64,9 +65,12 @@ def test_under_unit_curvature_the_relative_trace_is_half_the_squared_norm_of_wha
 ) -> None:
     model, structure, batches = setting("resnet")
     weights = dict(model.named_parameters())
-    ones = {n: torch.ones_like(p) for n, p in weights.items()}
-    monkeypatch.setattr("curvepress.scores.hessian_diagonal", lambda *_, **__: ones)
-    values = score(model, F.cross_entropy, batches, structure, samples=2).values["stem.0"]
+
+    def sums(view: object, *_: object, **__: object) -> object:
+        return Sums({n: torch.ones(p.shape, dtype=torch.float64) for n, p in view.parameters.items()})
+
+    monkeypatch.setattr("curvepress.curvature.gauss_newton.squares", sums)
+    values = score(model, F.cross_entropy, batches, structure, samples=2, method="hessian_trace").values["stem.0"]
     made = [weights[n].detach().square().flatten(1).sum(1).numpy() for n in ("stem.0.weight", "blocks.0.conv2.0.weight")]
     np.testing.assert_allclose(values, sum(made) / 2)
 
@@ -126,8 +130,8 @@ def test_samples_done_before_are_not_computed_again_and_change_nothing() -> None
             model, F.cross_entropy, [*batches[:2], (batches[2][0] * float("nan"), batches[2][1])], structure, samples=4, seed=5, done=done
         )
     assert list(done) == [0, 1]
-    spoiled = [(x * float("nan"), y) for x, y in batches[:2]]
-    assert score(model, F.cross_entropy, [*spoiled, *batches[2:]], structure, samples=4, seed=5, done=done) == whole
+    spoiled = (batches[1][0] * float("nan"), batches[1][1])
+    assert score(model, F.cross_entropy, [batches[0], spoiled, *batches[2:]], structure, samples=4, seed=5, done=done) == whole
 
 
 def test_predictions_add_up() -> None:
@@ -141,7 +145,7 @@ def test_predictions_add_up() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     model, structure, batches = setting("vgg")
-    with pytest.raises(ValueError, match="unknown; choose one of hessian_trace"):
+    with pytest.raises(ValueError, match="unknown; choose one of mask_curvature"):
         score(model, F.cross_entropy, batches, structure, method="hessian")
     with pytest.raises(ValueError, match="at least 2 calibration batches.*got 1"):
         score(model, F.cross_entropy, batches[:1], structure)
@@ -154,3 +158,29 @@ def test_what_cannot_be_scored_is_refused() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="nothing in this model can be cut: .*model output"):
         score(linear, F.cross_entropy, batches, trace(linear, torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize(("name", "group"), [("resnet", "stem.0"), ("mobilenet", "expand.0"), ("inception", "a")])
+def test_the_mask_curvature_is_that_of_the_loss_when_the_readers_of_a_channel_are_scaled_together(name: str, group: str) -> None:
+    model, structure, batches = setting(name, 2)
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    readers = [m for m in structure[group].members if m.role == "in"]
+    assert readers
+    exact = np.zeros(structure[group].size)
+    for x, y in batches:
+        z = model(x).detach()
+        outer = hessian(lambda v, y=y: F.cross_entropy(v, y), z).reshape(z.numel(), -1)
+
+        def scaled(mask: torch.Tensor, x=x) -> torch.Tensor:
+            moved = dict(own)
+            for m in readers:
+                factor = torch.ones(own[m.tensor].shape[m.dim], dtype=torch.float64)
+                for c, rows in enumerate(m.rows):
+                    factor = factor.index_put((torch.as_tensor(rows),), mask[c].expand(len(rows)))
+                moved[m.tensor] = moved[m.tensor] * factor.reshape([-1 if d == m.dim else 1 for d in range(own[m.tensor].ndim)])
+            return functional_call(model, moved, (x,)).flatten()
+
+        slopes = torch.autograd.functional.jacobian(scaled, torch.ones(structure[group].size, dtype=torch.float64))
+        exact += (slopes.T @ outer @ slopes).diagonal().numpy() / 2 / len(batches)
+    found = score(model, F.cross_entropy, batches, structure, samples=2, method="mask_curvature", estimator="exact", temperature=1.0)
+    np.testing.assert_allclose(found.values[group], exact, rtol=1e-9, atol=1e-15)

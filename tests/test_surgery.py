@@ -80,7 +80,7 @@ def test_a_wrong_operator_rule_is_caught_when_the_plan_is_applied(monkeypatch: p
     structure = trace(case.model, *case.example)
     assert not structure["a"].frozen
     plan = Plan(structure, {"a": (1, 2)})
-    monkeypatch.setattr(surgery, "masked_output", lambda model, plan, example: model(*example).detach())
+    monkeypatch.setattr(surgery, "masked", lambda model, plan, example, trace, gone: model(*example).detach())
     with pytest.raises(ValueError, match="cannot be applied: sliced in place the model differs .*rewritten as a graph it differs"):
         apply(case.model, plan, *case.example)
 

@@ -63,13 +63,13 @@ def to_onnx(model: nn.Module, example: Example, path: str | Path, *, tolerance: 
     """
     inputs = _checked(example)
     path = Path(path)
-    with _temporary(path) as temporary:
-        with _evaluating(model), _quiet():
+    with temporary(path) as written:
+        with evaluating(model), quiet():
             program, why = _exported(model, inputs)
-        program.save(temporary, external_data=False)
-        with _evaluating(model), torch.no_grad():
-            agreement = _compare(model, temporary, _trials(inputs, dynamic=not why), tolerance)
-        os.replace(temporary, path)
+        program.save(written, external_data=False)
+        with evaluating(model), torch.no_grad():
+            agreement = _compare(model, written, _trials(inputs, dynamic=not why), tolerance)
+        os.replace(written, path)
     if why:
         warnings.warn(f"{path.name} takes inputs of shape {', '.join(str(tuple(x.shape)) for x in inputs)} only: {why}", stacklevel=2)
     return agreement
@@ -94,18 +94,18 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.onnx.
     if size := _batch(inputs):
         several = _resized(inputs, max(2, size))  # the exporter takes a size of 1 for a constant
         try:
-            return _program(model, several, _any_batch(model, len(inputs))), ""
+            return _program(model, several, any_batch(model, len(inputs))), ""
         except Exception as error:  # the exporter raises whatever the model's own code raises
-            why = _first_line(error)
+            why = first_line(error)
     try:
         return _program(model, inputs, None), why
     except Exception as error:
         raise ValueError(
-            f"the model cannot be exported to ONNX: {_first_line(error)}; the exception that caused this one shows where"
+            f"the model cannot be exported to ONNX: {first_line(error)}; the exception that caused this one shows where"
         ) from error
 
 
-def _any_batch(model: nn.Module, inputs: int) -> tuple[Any, ...]:
+def any_batch(model: nn.Module, inputs: int) -> tuple[Any, ...]:
     """Dimension 0 of every input left open; a parameter like ``*inputs`` counts as one."""
     shapes = tuple({0: Dim("batch")} for _ in range(inputs))
     parameters = inspect.signature(model.forward).parameters.values()
@@ -151,7 +151,7 @@ def _compare(model: nn.Module, path: Path, trials: list[tuple[Tensor, ...]], tol
         )
     sizes = tuple(sorted({_batch(t) for t in trials}))
     batch = "dynamic" if len(sizes) > 1 else "static"
-    return Agreement(max(absolute), max(relative), tolerance, batch, sizes, path.stat().st_size, OPSET, _versions())
+    return Agreement(max(absolute), max(relative), tolerance, batch, sizes, path.stat().st_size, OPSET, versions())
 
 
 def _difference(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -173,14 +173,14 @@ def open_session(path: str | Path, threads: int = 1) -> onnxruntime.InferenceSes
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions share no public base
-        raise ValueError(f"{Path(path).name} cannot be opened in ONNX Runtime: {_first_line(error)}") from error
+        raise ValueError(f"{Path(path).name} cannot be opened in ONNX Runtime: {first_line(error)}") from error
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[Any]:
     try:
         return list(session.run(None, feeds))
     except Exception as error:
-        raise ValueError(f"the file fails in ONNX Runtime on inputs {[x.shape for x in feeds.values()]}: {_first_line(error)}") from error
+        raise ValueError(f"the file fails in ONNX Runtime on inputs {[x.shape for x in feeds.values()]}: {first_line(error)}") from error
 
 
 def _resized(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
@@ -197,7 +197,8 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode for a while; every part gets its own mode back."""
     modes = [(m, m.training) for m in model.modules()]
     with suppress(NotImplementedError):  # of an exported program's graph, which holds its mode
         model.eval()
@@ -209,7 +210,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages it does not need, and on PyTorch's own use of its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -223,7 +224,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path) -> Iterator[Path]:
     """A file next to ``path`` that is gone afterwards unless it was renamed."""
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name} in; make it first")
@@ -234,12 +235,13 @@ def _temporary(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What went wrong first: the exporter wraps one exception in another."""
     while error.__cause__:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of all that takes part in an export."""
     return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}

@@ -6,6 +6,7 @@ says so: see :func:`~curvepress.operators.table.unknown`.
 """
 
 from . import elementwise, norms, shapes, weights
-from .table import RULES, observe
+from .norms import reduced
+from .table import RULES, bound, name_of, observe
 
-__all__ = ["RULES", "elementwise", "norms", "observe", "shapes", "weights"]
+__all__ = ["RULES", "bound", "elementwise", "name_of", "norms", "observe", "reduced", "shapes", "weights"]

@@ -57,8 +57,13 @@ def like(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     return [Dim(d.labels) for d in ledger.of(a["self"])]
 
 
-@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "arange", "full", "zeros", "ones", "empty", "scalar_tensor",
-      "empty_strided", "rand", "randn", "eye", "linspace")  # fmt: skip
+@rule("new_zeros", "new_ones", "new_full", "full", "zeros", "ones")
+def filled(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
+    """A constant of the user's own size, the same everywhere: what it meets may be cut if the size follows."""
+    return ledger.elastic(out.shape)
+
+
+@rule("new_empty", "new_empty_strided", "arange", "empty", "scalar_tensor", "empty_strided", "rand", "randn", "eye", "linspace")
 def factory(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
-    """A constant of the user's own size."""
+    """A constant of the user's own size, whose entries may differ."""
     return blank(out.shape)

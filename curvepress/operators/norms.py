@@ -25,9 +25,7 @@ def batch_norm(ledger: Ledger, a: Arguments, out: Any) -> Dims:
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(ledger: Ledger, a: Arguments, out: Any) -> Dims:
     """Layer normalisation: what is left is normalised by itself, so cutting changes its statistics."""
-    x, count = ledger.of(a["input"]), len(a["normalized_shape"])
-    if a.get("weight") is None:
-        ledger.freeze(x[-count:], f"normalised without weights in {a['op']}")
+    x = ledger.of(a["input"])
     for tensor in (a.get("weight"), a.get("bias")):
         if tensor is not None:
             broadcast(ledger, [x, ledger.of(tensor)], [len(d) for d in x], a["op"])
@@ -39,26 +37,33 @@ def group_norm(ledger: Ledger, a: Arguments, out: Any) -> Dims:
     """Group normalisation: its groups stay equally wide."""
     x = ledger.of(a["input"])
     ledger.split(x[1], (a["group"], len(x[1]) // a["group"]))
-    if a["weight"] is None:
-        ledger.freeze(x[1:2], f"normalised without weights in {a['op']}")
     for name in ("weight", "bias"):
         companion(ledger, x[1], a[name], a["op"])
     return [Dim(d.labels) for d in x]
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin",
-      "logsumexp", "linalg_vector_norm", "norm")  # fmt: skip
-def reduction(ledger: Ledger, a: Arguments, out: Any) -> Labelled:
-    """Reductions; over channels they would change with what is cut, so those are frozen."""
-    x, result = ledger.of(a["self"]), tensors_in(out)[0]
-    if "other" in a:
-        return pointwise(ledger, a, out)
-    dims = a.get("dim")
-    over = {d % max(len(x), 1) for d in ([dims] if isinstance(dims, int) else dims or range(len(x)))}
-    ledger.freeze([d for n, d in enumerate(x) if n in over], f"{a['op']} reduces over it")
-    keep = len(x) == result.ndim
+@rule("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
+def statistic(ledger: Ledger, a: Arguments, out: Any) -> Labelled:
+    """Sums and statistics; over channels they are, like those of a norm, taken over the channels that are left."""
+    x, over = ledger.of(a["self"]), reduced(a)
+    keep = len(x) == tensors_in(out)[0].ndim
     dims = [Dim(d.labels) if n not in over else blank([1])[0] for n, d in enumerate(x) if keep or n not in over]
     return [dims] * len(tensors_in(out))
+
+
+def reduced(a: Arguments) -> set[int]:
+    """The dimensions that a reduction runs over: those given, or all."""
+    dims, count = a.get("dim"), a["self"].ndim
+    return {d % max(count, 1) for d in ([dims] if isinstance(dims, int) else dims or range(count))}
+
+
+@rule("amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "logsumexp")
+def extreme(ledger: Ledger, a: Arguments, out: Any) -> Labelled:
+    """Reductions whose result zeros would change: what they run over stays."""
+    if "other" in a:
+        return pointwise(ledger, a, out)
+    ledger.freeze([d for n, d in enumerate(ledger.of(a["self"])) if n in reduced(a)], f"{a['op']} reduces over it")
+    return statistic(ledger, a, out)
 
 
 @rule("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax")

@@ -74,8 +74,8 @@ def squeeze(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
 @rule("expand")
 def expand(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     """Dimensions of size one repeated."""
-    x = [*blank(out.shape[: out.ndim - a["self"].ndim]), *ledger.of(a["self"])]
-    return [d if len(d) == n else blank([n])[0] for d, n in zip(x, out.shape, strict=True)]
+    x = [*blank([1] * (out.ndim - a["self"].ndim)), *ledger.of(a["self"])]
+    return [d if len(d) == n else ledger.elastic([n])[0] for d, n in zip(x, out.shape, strict=True)]
 
 
 @rule("repeat")
@@ -177,6 +177,22 @@ def pixel_shuffle(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     channels, inner = ledger.split(x[-3], (out.shape[-3], r * r))
     ledger.freeze([inner], f"becomes pixels in {a['op']}")
     return [*x[:-3], channels, *blank(out.shape[-2:])]
+
+
+@rule("as_strided")
+def as_strided(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
+    """Other strides; with the same shape the tensor is only laid out anew."""
+    same = a["self"].shape == out.shape and not a["storage_offset"]
+    return [Dim(d.labels) for d in ledger.of(a["self"])] if same else unknown(ledger, a, out)
+
+
+@rule("index_add", "index_copy")
+def index_add(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
+    """Rows added or written at places chosen by data."""
+    x, source, dim = ledger.of(a["self"]), ledger.of(a["source"]), a["dim"] % a["self"].ndim
+    ledger.freeze([x[dim], source[dim]], f"indexed by data in {a['op']}")
+    why = f"meets a dimension of fixed size in {a['op']}"
+    return [unite(ledger, pair, why) if n != dim else blank([len(x[dim])])[0] for n, pair in enumerate(zip(x, source, strict=True))]
 
 
 @rule("roll", "flip", "rot90")

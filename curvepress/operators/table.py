@@ -19,6 +19,10 @@ RULES: dict[str, Rule] = {}
 FAMILIES: list[tuple[Callable[[Any, str], bool], Rule]] = []
 
 
+DECIDING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
+"""Operators by which what a model does next can depend on its data."""
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Enter a rule in the table under these operator names, written without the underscore of in-place variants."""
 
@@ -41,11 +45,12 @@ def family(belongs: Callable[[Any, str], bool]) -> Callable[[Rule], Rule]:
 
 def observe(ledger: Ledger, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """Let the rule of ``func`` label its result."""
-    results = tensors_in(result)
+    results, name = tensors_in(result), name_of(func)
+    ledger.touch(tensors_in([args, kwargs]))
+    ledger.decided_by_data |= name in DECIDING
     if not results:
         return
-    name = _name(func)
-    dims = _rule_of(func, name)(ledger, {**_bound(func, args, kwargs), "op": str(func), "name": name}, result)
+    dims = _rule_of(func, name)(ledger, {**bound(func, args, kwargs), "op": str(func), "name": name}, result)
     labelled: Sequence[Any] = [dims] if dims and isinstance(dims[0], Dim) else dims
     for n, tensor in enumerate(results):
         known = n < len(labelled) and len(labelled[n]) == tensor.ndim
@@ -64,13 +69,15 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+def bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of an operator by name, with its defaults."""
     schema = func._schema.arguments
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
+    """The operator's name without namespace, overload and the underscore of an in-place variant."""
     name: str = func._schema.name.split("::")[-1]
     return name.rstrip("_") if not name.startswith("__") else name
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algebra import merged
+from ..algebra import CONVOLVED, QUERY_KEY, TABLE, VALUE, merged
 from ..labelling import Dim, Dims, Ledger, blank
 from .elementwise import broadcast, companion, unite
 from .table import Arguments, rule
@@ -20,6 +20,9 @@ def convolution(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     made, read = (1, 0) if a["transposed"] else (0, 1)
     ledger.freeze([*x[2:], *w[2:]], f"a spatial dimension of {op}")
     ledger.role(w[made], "out")
+    ledger.mark(w[made], CONVOLVED)
+    for dim in w[2:]:
+        ledger.role(dim, "kernel")
     if groups == 1:
         channels = w[made]
         ledger.role(w[read], "in")
@@ -63,6 +66,9 @@ def matmul(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     keys = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}[a["name"]]
     x, y = (ledger.of(a[k]) for k in keys)
     _contract(ledger, x, y, a["op"])
+    if len(x) == 3 and not any(d.origin for d in (*x, *y)):
+        carries = not ledger.atoms.live(x[-1].labels) and ledger.atoms.live(y[-1].labels)
+        ledger.mark(*((y[-1], VALUE) if carries else (x[-1], QUERY_KEY)))
     batch = [unite(ledger, (x[0], y[0]), f"meets a dimension of fixed size in {a['op']}")] if len(x) == 3 else []
     result = [*batch, Dim(x[-2].labels), Dim(y[-1].labels)]
     _count(ledger, x, y, a["name"])
@@ -97,6 +103,7 @@ def embedding(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     ledger.freeze([table[0], *ledger.of(a["indices"])], f"looked up by index in {a['op']}")
     ledger.role(table[0], "along")
     ledger.role(table[1], "out")
+    ledger.mark(table[1], TABLE)
     return [*blank(a["indices"].shape), Dim(table[1].labels)]
 
 
@@ -113,6 +120,8 @@ def attention(ledger: Ledger, a: Arguments, out: Any) -> Dims:
     why = f"meets a dimension of fixed size in {a['op']}"
     ledger.same(q[-1], k[-1], why)
     ledger.same(k[-2], v[-2], why)
+    ledger.mark(q[-1], QUERY_KEY)
+    ledger.mark(v[-1], VALUE)
     lead = [unite(ledger, dims, why) for dims in zip(q[:-2], k[:-2], v[:-2], strict=True)]
     ledger.freeze([q[-2], k[-2]], f"positions of {a['op']}")
     mask = a.get("attn_mask", a.get("attn_bias"))

@@ -1,0 +1,94 @@
+"""Other quantizers, given the same network and calibration images, and OpenVINO's latency."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from curvepress.export.kernels import FLOAT, INTEGER, optimised
+from curvepress.export.latency import Quartiles, Timing
+from curvepress.export.openvino import compiled_in_openvino
+
+ROUNDS, LASTING = 20, 0.05
+
+
+class Missing(Exception):
+    """A package that is not installed."""
+
+
+def by_onnxruntime(model: nn.Module, path: Path, images: Sequence[Tensor], out: Path) -> None:
+    """ONNX Runtime's static quantization with its defaults: QDQ, weights per channel, min-max calibration."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left: Iterator[Tensor] = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(({"x": x.numpy()} for x in self.left), None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(str(prepared), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+
+
+def by_nncf(model: nn.Module, path: Path, images: Sequence[Tensor], out: Path) -> None:
+    """NNCF's post-training quantization of the ONNX file, with its defaults."""
+    try:
+        import nncf
+        import onnx
+    except ImportError as error:
+        raise Missing(str(error)) from None
+    data = nncf.Dataset([x.numpy() for x in images], lambda x: {"x": x})
+    onnx.save(nncf.quantize(onnx.load(path), data, subset_size=len(images)), out)
+
+
+PEERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
+
+
+def kernels(path: Path) -> str:
+    """How many products of a file ONNX Runtime executes on integers."""
+    nodes = [node.op_type for node in optimised(path).graph.node]
+    total = Counter(INTEGER.get(n) or FLOAT[n] for n in nodes if n in INTEGER or n in FLOAT)
+    integer = Counter(INTEGER[n] for n in nodes if n in INTEGER)
+    return ", ".join(f"{integer[kind]} of {count} {kind} integer" for kind, count in total.items())
+
+
+def compare_in_openvino(paths: Mapping[str, Path], x: np.ndarray, batches: Sequence[int]) -> list[Timing]:
+    """Timings in turns on one thread, as ``compare_latency`` takes them in ONNX Runtime; none where OpenVINO is missing."""
+    try:
+        compiled = {name: compiled_in_openvino(path)[0] for name, path in paths.items()}
+    except ValueError as error:
+        print(error)
+        return []
+    found = []
+    for size in batches:
+        inputs = x[np.arange(size) % len(x)]
+        readings = np.array([[_reading(c, inputs) for c in compiled.values()] for _ in range(ROUNDS)])
+        for n, name in enumerate(paths):
+            wall, ratio = _quartiles(readings[:, n, 0] * 1000), _quartiles(readings[:, n, 0] / readings[:, 0, 0])
+            found.append(Timing(name, size, 1, ROUNDS, wall, _quartiles(readings[:, n, 1] * 1000), ratio))
+    return found
+
+
+def _reading(compiled: object, inputs: np.ndarray) -> tuple[float, float]:
+    request = compiled.create_infer_request()  # type: ignore[attr-defined]
+    request.infer([inputs])
+    start, cpu, runs = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < LASTING or not runs:
+        request.infer([inputs])
+        runs += 1
+    return (time.perf_counter() - start) / runs, (time.process_time() - cpu) / runs
+
+
+def _quartiles(values: np.ndarray) -> Quartiles:
+    return Quartiles(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))

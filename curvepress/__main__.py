@@ -1,0 +1,5 @@
+"""``python -m curvepress``, which torchrun needs."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,316 @@
+"""The best choice of bits under budgets: exact, by integer programming, and the whole frontier of bytes against predicted rise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_matrix
+
+from .bitwidths import BitPrices, Price
+from .packing import packed_size
+from .quantized import Bits, Layout, Product
+
+FLOAT = 32
+"""Bits of what stays in float."""
+SUM = 8
+"""Bits of activations that residual sums read: fewer save no arithmetic."""
+READ = ".read"
+TARGETS = {"storage": ((2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8)), "onnxruntime": ((8,), (4, 8))}
+"""Bits of weights that a target makes use of: of any, and of those of linear layers."""
+LINEAR = ("linear", "addmm", "matmul", "mm")
+POINTS = 200_000
+"""Most points kept while the frontier is built.  Beyond, points within one part in this many of the largest cost stand for each other."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits, what they cost, and the rise of the loss that is predicted for them.
+
+    ``bytes`` are those of the packed weights without scales, ``average`` the mean bits of a weight, ``bops`` bit operations per
+    example: multiply-accumulates times the bits of both factors.  What stays in float has 32 bits.
+    """
+
+    bits: Bits
+    rise: float
+    stderr: float
+    bytes: int
+    average: float
+    bops: int
+
+
+def allocation(prices: BitPrices, bits: Bits) -> Allocation:
+    """What a choice of bits costs.
+
+    Raises:
+        ValueError: if something has a number of bits without a price.
+    """
+    what = prices.layout
+    widths = {w.name: bits.of_weight(w.name) for w in what.weights}
+    chosen = [_priced(prices.weights, name, b) for name, b in widths.items()]
+    chosen += [_priced(prices.sites, name, b) for name, b in _site_bits(what, bits).items()]
+    return Allocation(
+        bits,
+        sum(p.rise for p in chosen),
+        sum(p.stderr**2 for p in chosen) ** 0.5,
+        sum(packed_size(w.size, widths[w.name] or FLOAT) for w in what.weights),
+        sum(w.size * (widths[w.name] or FLOAT) for w in what.weights) / sum(w.size for w in what.weights),
+        sum(_bops(p, what, bits) for p in what.products),
+    )
+
+
+def uniform(prices: BitPrices, weight: int, activation: int = 8) -> Allocation:
+    """The same bits for every weight and every activation that products read, where they have prices."""
+    return allocation(prices, _bits(prices, dict.fromkeys(prices.weights, weight), activation))
+
+
+def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
+    """The bits of each weight that a target makes use of: ``storage`` of 2 to 8, which all run as int8; ``onnxruntime`` has kernels
+    for 8, and for 4 where only linear layers read it.
+
+    Raises:
+        ValueError: if the target is unknown.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+    linear = {w.name: [p.operator in LINEAR for p in layout.products if p.weight == w.name] for w in layout.weights}
+    return {name: TARGETS[target][all(readers)] for name, readers in linear.items()}
+
+
+def allocate(
+    prices: BitPrices,
+    *,
+    bytes: float | None = None,
+    average: float | None = None,
+    bops: float | None = None,
+    weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    activations: Sequence[int] = (8,),
+) -> Allocation:
+    """The bits of least predicted rise within all budgets given, proven best by HiGHS.
+
+    Args:
+        bytes, average, bops: at most so much, as in :class:`Allocation`.
+        weights: the bits that weights may have, for all or by name; by default all that have prices.
+        activations: the bits of activations that products read; those that only sums read have 8.
+
+    Raises:
+        ValueError: if there is no budget, bits have no price, or nothing fits; the message says what the least is.
+    """
+    if bytes is None and average is None and bops is None:
+        raise ValueError("give a budget: bytes, average bits of a weight, or bops")
+    program = _program(prices, weights, activations)
+    if bytes is not None:
+        _limit_bytes(program, prices, bytes)
+    if average is not None:
+        _limit_average(program, prices, average)
+    if bops is not None:
+        _limit_bops(program, prices, bops)
+    return allocation(prices, _solved(program, prices))
+
+
+def frontier(
+    prices: BitPrices, *, weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None, activation: int = 8
+) -> list[Allocation]:
+    """Every choice of weight bits that no other beats in both bytes and predicted rise, from the smallest; activations are held.
+
+    Exact as long as no more than :data:`POINTS` choices are on the way: bytes and rises add up over weights, so the frontier of
+    a set of weights is made of those of its parts (HAWQ-V2, section 3.2, draws it from samples under a monotonicity rule).
+    """
+    cost, rise = np.zeros(1, dtype=np.int64), np.zeros(1)
+    steps: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for weight in (w for w in prices.layout.weights if w.name in prices.weights):
+        bits = np.array(sorted(_allowed(weights, weight.name, prices.weights)))
+        costs = cost[:, None] + np.array([packed_size(weight.size, int(b)) for b in bits])
+        rises = rise[:, None] + np.array([_priced(prices.weights, weight.name, int(b)).rise for b in bits])
+        kept = _undominated(costs.ravel(), rises.ravel())
+        cost, rise = costs.ravel()[kept], rises.ravel()[kept]
+        steps.append((weight.name, bits[kept % len(bits)], kept // len(bits)))
+    return [allocation(prices, _bits(prices, _walked(steps, i), activation)) for i in range(len(cost))]
+
+
+def _undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
+    """Where no other has both a cost and a rise as low, by rising cost."""
+    order = np.lexsort((rises, costs))
+    kept = order[rises[order] < np.concatenate([[np.inf], np.minimum.accumulate(rises[order])[:-1]])]
+    if len(kept) > POINTS:
+        place = costs[kept] * POINTS // costs.max()
+        kept = kept[np.append(place[1:] != place[:-1], True)]
+    return kept
+
+
+def _walked(steps: Sequence[tuple[str, np.ndarray, np.ndarray]], last: int) -> dict[str, int]:
+    found = {}
+    for name, bits, before in reversed(steps):
+        found[name] = int(bits[last])
+        last = int(before[last])
+    return dict(reversed(found.items()))
+
+
+def _bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
+    """Bits by name; what has no price stays in float, and activations that have no name here have those of sums."""
+    own: dict[str, int | None] = {}
+    for s in prices.layout.sites:
+        chosen = activation if isinstance(activation, int) else activation.get(s.name, SUM)
+        own[s.name] = (chosen if s.role == "product" else SUM) if s.name in prices.sites else None
+    return Bits({w.name: weights.get(w.name) for w in prices.layout.weights}, own)
+
+
+def _allowed(given: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, prices: Mapping[str, Mapping[int, Price]]) -> list[int]:
+    chosen = prices[name] if given is None else given[name] if isinstance(given, Mapping) else given
+    return list(dict.fromkeys(chosen))
+
+
+def _priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | None) -> Price:
+    if bits is None:
+        return Price(0.0, 0.0)
+    if bits not in prices.get(name, {}):
+        known = ", ".join(map(str, prices.get(name, {}))) or "none at all, for it stays in float"
+        raise ValueError(f"{name} has no price at {bits} bits; it has prices for {known}")
+    return prices[name][bits]
+
+
+def _site_bits(what: Layout, bits: Bits) -> dict[str, int | None]:
+    """The bits of every site at which it makes a difference: a read has fewer than the tensor, or the tensor none."""
+    own = {s.name: bits.of_site(s) for s in what.sites}
+    for s in what.sites:
+        if s.role == "product" and s.weights and all(bits.of_weight(w) is None for w in s.weights):
+            own[s.name] = None  # no product here is one of integers
+        if s.name.endswith(READ) and (own.get(s.name.removesuffix(READ)) or FLOAT) <= (own[s.name] or FLOAT):
+            own[s.name] = None
+    return own
+
+
+def _factors(product: Product) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
+    """Kind and name of what is multiplied; None for what is neither a weight nor a site."""
+    known = [("weight", product.weight)] if product.weight else []
+    known += [("site", s) for s in product.inputs]
+    if not product.weight and len(product.inputs) == 1:
+        known *= 2  # a tensor times itself
+    first, second, *_ = [*known, None, None]
+    return first, second
+
+
+def _bops(product: Product, what: Layout, bits: Bits) -> int:
+    sites = _site_bits(what, bits)
+
+    def held(factor: tuple[str, str] | None) -> int:
+        if factor is None:
+            return FLOAT
+        kind, name = factor
+        return (bits.of_weight(name) if kind == "weight" else sites.get(name) or sites.get(name.removesuffix(READ))) or FLOAT
+
+    first, second = _factors(product)
+    return product.macs * held(first) * held(second)
+
+
+Terms = dict[int, float]
+"""Coefficients by variable."""
+
+
+@dataclass
+class _Program:
+    """Zero-one variables: one for each weight or site and number of bits, of which each has one; then one for each pair of a product."""
+
+    options: list[tuple[str, str, int]]
+    rises: list[float]
+    of: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    rows: list[tuple[Terms, float, float]] = field(default_factory=list)
+
+
+def _program(prices: BitPrices, weights: Sequence[int] | Mapping[str, Sequence[int]] | None, activations: Sequence[int]) -> _Program:
+    options = [("weight", name, b) for name in prices.weights for b in _allowed(weights, name, prices.weights)]
+    rises = [_priced(prices.weights, name, b).rise for _, name, b in options]
+    for site in (s for s in prices.layout.sites if s.name in prices.sites):
+        for b in dict.fromkeys(activations if site.role == "product" else (SUM,)):
+            idle = site.name.endswith(READ) and b >= SUM
+            options.append(("site", site.name, b))
+            rises.append(0.0 if idle else _priced(prices.sites, site.name, b).rise)
+    program = _Program(options, rises)
+    for i, (kind, name, _) in enumerate(options):
+        program.of.setdefault((kind, name), []).append(i)
+    program.rows += [(dict.fromkeys(own, 1.0), 1, 1) for own in program.of.values()]
+    return program
+
+
+def _limit_bytes(program: _Program, prices: BitPrices, limit: float) -> None:
+    sizes = {w.name: w.size for w in prices.layout.weights}
+    fixed = sum(packed_size(n, FLOAT) for name, n in sizes.items() if name not in prices.weights)
+    terms: Terms = {i: packed_size(sizes[n], b) for i, (k, n, b) in enumerate(program.options) if k == "weight"}
+    program.rows.append((terms, -np.inf, limit - fixed))
+
+
+def _limit_average(program: _Program, prices: BitPrices, limit: float) -> None:
+    sizes = {w.name: w.size for w in prices.layout.weights}
+    fixed = sum(n * FLOAT for name, n in sizes.items() if name not in prices.weights)
+    terms: Terms = {i: sizes[n] * b for i, (k, n, b) in enumerate(program.options) if k == "weight"}
+    program.rows.append((terms, -np.inf, limit * sum(sizes.values()) * (1 + 1e-12) - fixed))
+
+
+def _limit_bops(program: _Program, prices: BitPrices, limit: float) -> None:
+    """Bits of both factors multiply, so each pair of them has a variable, bound to those of its factors."""
+    cost: Terms = {}
+    unit, fixed = gcd(*(p.macs for p in prices.layout.products)) or 1, 0  # small numbers, for the solver's sake
+    for product in prices.layout.products:
+        macs = product.macs // unit
+        known = [_options_of(program, f) for f in _factors(product)]
+        alone = known[0] or known[1]
+        if known[0] and known[1] and known[0] is not known[1]:
+            _bind_pairs(program, macs, known[0], known[1], cost)
+        elif alone:
+            for i in alone:
+                b = program.options[i][2]
+                cost[i] = cost.get(i, 0) + macs * b * (b if known[0] is known[1] else FLOAT)
+        else:
+            fixed += macs * FLOAT * FLOAT
+    program.rows.append((cost, -np.inf, limit / unit - fixed))
+
+
+def _options_of(program: _Program, factor: tuple[str, str] | None) -> list[int]:
+    """The variables of a factor; a read without any has those of the tensor."""
+    if factor is None:
+        return []
+    kind, name = factor
+    return program.of.get(factor) or program.of.get((kind, name.removesuffix(READ)), [])
+
+
+def _bind_pairs(program: _Program, macs: int, first: list[int], second: list[int], cost: Terms) -> None:
+    start, pairs = len(program.rises), [(i, j) for i in first for j in second]
+    program.rises += [0.0] * len(pairs)
+    cost.update({start + k: macs * program.options[i][2] * program.options[j][2] for k, (i, j) in enumerate(pairs)})
+    for i in (*first, *second):
+        program.rows.append(({i: -1.0, **{start + k: 1.0 for k, pair in enumerate(pairs) if i in pair}}, 0, 0))
+
+
+def _solved(program: _Program, prices: BitPrices) -> Bits:
+    rows, count = program.rows, len(program.rises)
+    matrix = lil_matrix((len(rows), count))
+    for r, (terms, _, _) in enumerate(rows):
+        for i, c in terms.items():
+            matrix[r, i] = c
+    constraint = LinearConstraint(matrix.tocsr(), [r[1] for r in rows], [r[2] for r in rows])
+    whole = np.arange(count) < len(program.options)
+    found = milp(_scaled(program), integrality=whole, bounds=Bounds(0, 1), constraints=constraint, options={"mip_rel_gap": 0})
+    if found.x is None:
+        raise ValueError(f"no choice of bits fits: {_least(program, prices)}")
+    return _chosen(program, prices, [i for i in range(len(program.options)) if found.x[i] > 0.5])
+
+
+def _scaled(program: _Program) -> np.ndarray:
+    """Rises in a unit in which the solver's absolute tolerance of 1e-6 is small against the least rise there can be."""
+    rises = np.array(program.rises)
+    least = sum(min(rises[own]) for own in program.of.values())
+    return rises / max(least, 1e-6 * rises.max(), 1e-300)
+
+
+def _chosen(program: _Program, prices: BitPrices, taken: Sequence[int]) -> Bits:
+    chosen = [program.options[i] for i in taken]
+    return _bits(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
+
+
+def _least(program: _Program, prices: BitPrices) -> str:
+    fewest = _chosen(program, prices, [min(own, key=lambda i: program.options[i][2]) for own in program.of.values()])
+    found = allocation(prices, fewest)
+    return f"the fewest bits allowed take {found.bytes:,} bytes, {found.average:.2f} bits a weight and {found.bops:,} bops; allow more"

@@ -1,0 +1,95 @@
+"""Samples shared out among processes, and put together again so that every process has all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import distributed
+
+Sample = dict[str, np.ndarray]
+"""One independent sample: an array for each measure."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among those that share the work: process ``rank`` of ``count`` makes samples ``rank``, ``rank + count``, ..."""
+
+    rank: int = 0
+    count: int = 1
+
+    def mine(self, number: int) -> bool:
+        """Whether sample ``number`` is made here."""
+        return number % self.count == self.rank
+
+    def shared(self, made: Mapping[int, Sample], wanted: Sequence[int]) -> dict[int, Sample]:
+        """All samples ``wanted``, of which each process gives those it has made."""
+        if self.count == 1 or not wanted:
+            return {n: made[n] for n in wanted}
+        sizes = self._sizes(made)
+        table = torch.zeros(len(wanted), sum(sizes.values()), dtype=torch.float64, device=_device())
+        for row, number in enumerate(wanted):
+            if self.mine(number):
+                table[row] = torch.as_tensor(np.concatenate([made[number][m] for m in sizes]), device=table.device)
+        distributed.all_reduce(table)
+        ends = np.cumsum(list(sizes.values()))[:-1]
+        return {n: dict(zip(sizes, np.split(r, ends), strict=True)) for n, r in zip(wanted, table.cpu().numpy(), strict=True)}
+
+    def _sizes(self, made: Mapping[int, Sample]) -> dict[str, int]:
+        """The measures of a sample and their sizes, as the first process has them: others may have made no sample yet."""
+        text = json.dumps({m: len(v) for m, v in made[0].items()}) if self.rank == 0 else ""
+        length = torch.tensor([len(text.encode())], device=_device())
+        distributed.broadcast(length, 0)
+        letters = torch.zeros(int(length), dtype=torch.uint8, device=_device())
+        letters[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_device())
+        distributed.broadcast(letters, 0)
+        return json.loads(bytes(letters.tolist()))
+
+    def slowest(self, seconds: float) -> float:
+        """The longest of the times that the processes report, so that all take the same decision."""
+        if self.count == 1:
+            return seconds
+        longest = torch.tensor([seconds], dtype=torch.float64, device=_device())
+        distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
+        return float(longest)
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+def most(number: int) -> int:
+    """The largest ``number`` that a process gives."""
+    found = torch.tensor([number], device=_device())
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def workers() -> Workers:
+    """The processes of ``torch.distributed`` where it has been initialised (under ``torchrun``), else this one alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Workers(distributed.get_rank(), distributed.get_world_size())
+    return Workers()
+
+
+@contextmanager
+def joined() -> Iterator[Workers]:
+    """Within, the processes that torchrun started work together, over gloo; a process that it did not start is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield Workers()
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield workers()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,55 @@
+"""A quantized module and what was written of it, run on the same real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ..objective import Batches, batch_size
+from .onnx import evaluating
+
+Inputs = tuple[Tensor, ...]
+
+
+def take(batches: Batches, examples: int) -> list[Inputs]:
+    """The inputs of whole batches until ``examples`` were taken, or all were.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    taken: list[Inputs] = []
+    count = 0
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
+        taken.append(tuple(x.detach().contiguous() for x in inputs))
+        count += batch_size(batch)
+        if count >= examples:
+            break
+    if not taken:
+        raise ValueError("there were no batches to compare the file with the module on")
+    return taken
+
+
+def compare(module: nn.Module, data: list[Inputs], run: Callable[[Inputs], Sequence[np.ndarray]]) -> tuple[int, float, float, float]:
+    """Examples, the percentage of predictions that are the same, and the largest and the mean absolute difference of an output.
+
+    A prediction is the index of the largest number in the last dimension of the first output.
+    """
+    apart, equal = [], []
+    with evaluating(module), torch.no_grad():
+        for inputs in data:
+            found = run(inputs)
+            wanted = [x.numpy() for x in _pytree.tree_leaves(module(*inputs)) if isinstance(x, Tensor)]
+            apart.append(np.concatenate([np.abs(w - f).ravel() for w, f in zip(wanted, found, strict=True)]))
+            equal.append((wanted[0].argmax(-1) == np.asarray(found[0]).argmax(-1)).ravel())
+    difference, same = np.concatenate(apart), np.concatenate(equal)
+    return sum(len(i[0]) for i in data), 100 * float(same.mean()), float(difference.max()), float(difference.mean())
+
+
+def example_of(inputs: Inputs) -> Inputs:
+    """Two examples in memory of their own: what a graph is exported with."""
+    return tuple(torch.cat([x, x])[:2].clone() for x in inputs)

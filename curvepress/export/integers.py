@@ -1,0 +1,156 @@
+"""ONNX files that store integers and run on integer kernels: read back and compared with the quantized module on real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from onnxscript import opset21 as op
+from onnxscript.function_libs.torch_lib.ops.common import constant
+from torch import nn
+
+from ..objective import Batches
+from ..quantized.lowering import DEQUANTIZE, ROUND, lower
+from .comparison import Inputs, compare, example_of, take
+from .kernels import Kernels, count_kernels, name_products
+from .onnx import any_batch, evaluating, first_line, open_session, quiet, temporary, versions
+
+OPSET = 21
+"""The first operator set in which DequantizeLinear takes int4 and groups."""
+
+
+@dataclass(frozen=True)
+class IntegerAgreement:
+    """How closely a file of integers, run in ONNX Runtime, computes what the quantized module does.
+
+    Over ``examples`` real examples: ``same`` is the percentage with the same largest output, ``error`` the largest absolute difference
+    of an output, and ``mean`` the mean one.  ``kernels`` counts the products that run on integers, by kind.
+    """
+
+    examples: int
+    same: float
+    error: float
+    mean: float
+    kernels: Kernels
+    bytes: int
+    opset: int
+    versions: Mapping[str, str]
+
+
+def to_integer_onnx(
+    module: nn.Module, batches: Batches, path: str | Path, *, examples: int = 256, least_same: float = 99.0, threads: int = 1
+) -> IntegerAgreement:
+    """Write a quantized module to ``path`` as ONNX with QuantizeLinear and DequantizeLinear, for any batch size.
+
+    Weights are stored as int8 (int4 where a runtime multiplies by them as they are), biases of integer products as int32.  The file
+    is run in ONNX Runtime on the batches until ``examples`` were seen; it gets its name only if it agrees.
+
+    Raises:
+        ValueError: if a site was not calibrated, the graph cannot be exported, or fewer than ``least_same`` percent of the
+            predictions are the same; no file is left then.
+    """
+    path = Path(path)
+    data = take(batches, examples)
+    with temporary(path) as written:
+        onnx.save(_integer_model(module, data[0]), written)
+        found = _agreement(module, written, data, threads)
+        if not found.same >= least_same:
+            raise ValueError(
+                f"ONNX Runtime gives the same prediction as the simulation for {found.same:.2f}% of {found.examples} examples, less than "
+                f"{least_same:g}%; give more examples if these are few, or report the model; no file was left"
+            )
+        os.replace(written, path)
+    return found
+
+
+def _integer_model(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
+    graph = lower(module)
+    example = example_of(inputs)
+    try:
+        with evaluating(graph), quiet(), torch.no_grad():
+            program = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, len(example)), strict=False)
+            table = {ROUND: _round, DEQUANTIZE: _dequantize}
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)  # type: ignore[arg-type]
+        assert exported is not None
+        model = exported.model_proto
+    except Exception as error:  # the exporter raises whatever it meets
+        raise ValueError(f"the quantized graph cannot be exported to ONNX: {first_line(error)}") from error
+    _strip(model)
+    _store_int4(model.graph)
+    _write_zero_points(model.graph)
+    name_products(model.graph, module)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _round(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
+    """QuantizeLinear, limits on integers (limits on floats would keep the product before it in float), DequantizeLinear."""
+    step: Any = constant(scale, dtype=onnx.TensorProto.FLOAT)
+    zero, least, most = (_level(n) for n in (zero_point, low, high))
+    levels: Any = op.QuantizeLinear(x, step, zero)
+    if low > 0 or high < 255:
+        levels = op.Clip(levels, least, most)
+    return op.DequantizeLinear(levels, step, zero)
+
+
+def _level(number: int) -> Any:
+    return constant(number, dtype=onnx.TensorProto.UINT8)
+
+
+def _dequantize(levels: Any, scale: Any, axis: int, group: int) -> Any:
+    if not group:
+        return op.DequantizeLinear(levels, scale, axis=axis)
+    if axis == 1:
+        scale = op.Transpose(scale, perm=[1, 0])
+    return op.DequantizeLinear(levels, scale, axis=1 - axis, block_size=group)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter noted down for people to read."""
+    graph = model.graph
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for part in (model, graph, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    del graph.value_info[:]
+
+
+def _store_int4(graph: onnx.GraphProto) -> None:
+    """Weights with a scale for each group of inputs in four bits, where they have no more: runtimes multiply by them as they are."""
+    grouped = {
+        n.input[0] for n in graph.node if n.op_type == "DequantizeLinear" and any(a.name == "block_size" and a.i for a in n.attribute)
+    }
+    for stored in graph.initializer:
+        levels = numpy_helper.to_array(stored) if stored.name in grouped else np.zeros(0, np.int8)
+        if levels.dtype == np.int8 and levels.size and levels.min() >= -8 and levels.max() <= 7:
+            four = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.INT4)
+            stored.CopyFrom(numpy_helper.from_array(levels.astype(four), stored.name))
+
+
+def _write_zero_points(graph: onnx.GraphProto) -> None:
+    """Zero points of weights and biases in full: ONNX Runtime's Gemm stays in float without them.  Equal ones are stored once."""
+    stored = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2 and set(node.input) <= set(stored):
+            levels, scale = (stored[name] for name in node.input)
+            name = f"zeros_{levels.data_type}_{'x'.join(map(str, scale.dims))}"
+            if name not in stored:
+                zeros = np.zeros(tuple(scale.dims), onnx.helper.tensor_dtype_to_np_dtype(levels.data_type))
+                stored[name] = numpy_helper.from_array(zeros, name)
+                graph.initializer.append(stored[name])
+            node.input.append(name)
+
+
+def _agreement(module: nn.Module, path: Path, data: list[Inputs], threads: int) -> IntegerAgreement:
+    session = open_session(path, threads)
+    names = [i.name for i in session.get_inputs()]
+    found = compare(module, data, lambda inputs: session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True))))
+    return IntegerAgreement(*found, count_kernels(path, module), path.stat().st_size, OPSET, versions())

@@ -1,0 +1,68 @@
+"""The integer ONNX file in OpenVINO: run, compared, and its integer kernels counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..objective import Batches
+from .comparison import compare, take
+from .onnx import first_line
+
+KINDS = {"Convolution": "convolutions", "Deconvolution": "convolutions", "FullyConnected": "linear layers", "MatMul": "matrix products"}
+INTEGERS = ("u8", "i8")
+
+
+@dataclass(frozen=True)
+class OpenVinoAgreement:
+    """As :class:`IntegerAgreement`, in OpenVINO: ``integer`` and ``total`` count products by kind as its profile tells them."""
+
+    examples: int
+    same: float
+    error: float
+    mean: float
+    integer: Mapping[str, int]
+    total: Mapping[str, int]
+    version: str
+
+
+def check_in_openvino(path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, threads: int = 1) -> OpenVinoAgreement:
+    """How closely an ONNX file of integers computes in OpenVINO what the quantized module does.
+
+    Raises:
+        ValueError: if OpenVINO is not installed, or cannot read the file.
+    """
+    compiled, version = compiled_in_openvino(path, threads)
+    found = compare(module, take(batches, examples), lambda inputs: list(compiled([x.numpy() for x in inputs]).values()))
+    integer, total = _kernels(compiled)
+    return OpenVinoAgreement(*found, integer, total, version)
+
+
+def compiled_in_openvino(path: str | Path, threads: int = 1) -> tuple[Any, str]:
+    """The file compiled for the processor in float32 where it is not integer, and the version of OpenVINO."""
+    try:
+        import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError("OpenVINO is not installed: pip install openvino") from None
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    try:
+        return openvino.Core().compile_model(str(path), "CPU", settings), str(openvino.__version__)
+    except RuntimeError as error:
+        raise ValueError(f"{Path(path).name} cannot be opened in OpenVINO: {first_line(error)}") from error
+
+
+def _kernels(compiled: Any) -> tuple[dict[str, int], dict[str, int]]:
+    integer: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        about = node.get_rt_info()
+        kind = KINDS.get(str(about["layerType"].astype(str)) if "layerType" in about else "")
+        if kind is not None:
+            total[kind] += 1
+            integer[kind] += str(about["runtimePrecision"].astype(str)) in INTEGERS
+    return dict(integer), dict(total)

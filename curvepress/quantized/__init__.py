@@ -1,0 +1,11 @@
+"""Quantized models: grids on the weights and activations of an exported graph, calibrated, trained, and lowered to integers."""
+
+from .calibration import calibrate, observe
+from .insertion import bits_of, layout, quantize, sites
+from .layout import Bits, Layout, Product, Site, Weight, bits_from_json
+from .modules import floating, switch
+
+__all__ = [
+    "Bits", "Layout", "Product", "Site", "Weight",
+    "bits_from_json", "bits_of", "calibrate", "floating", "layout", "observe", "quantize", "sites", "switch",
+]  # fmt: skip

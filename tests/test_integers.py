@@ -1,0 +1,117 @@
+"""Quantized modules as files of integers: what the runtimes compute of them, and on which kernels."""
+
+import sys
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvepress.export.integers import to_integer_onnx
+from curvepress.export.kernels import count_kernels
+from curvepress.export.openvino import check_in_openvino
+from curvepress.export.program import to_program
+from curvepress.quantized import Bits, calibrate, quantize
+from tests import zoo
+
+EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"
+pytestmark = pytest.mark.filterwarnings(EXPORTED)
+
+
+def quantized(name: str, bits: Bits | None = None) -> tuple[nn.Module, list[tuple[Tensor, None]]]:
+    """A calibrated network of the zoo, and the data for it."""
+    case = zoo.make(name)
+    model, x = case.model.float(), torch.randn(32, 3, 8, 8)
+    return calibrate(quantize(model, bits or Bits(), x), [(x, None)]).eval(), [(x, None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("resnet_padded", "7 of 7 convolutions integer, 1 of 1 linear layers integer"),
+        ("mobilenet", "6 of 6 convolutions integer, 1 of 1 linear layers integer"),
+        ("densenet", "4 of 4 convolutions integer, 1 of 1 linear layers integer"),
+        ("attention", None),
+    ],
+)
+def test_files_run_on_integers_and_agree(name: str, kernels: str | None, tmp_path):
+    module, data = quantized(name)
+    found = to_integer_onnx(module, data, tmp_path / "a.onnx")
+    assert found.same >= 99 and found.examples == 32 and found.bytes == (tmp_path / "a.onnx").stat().st_size
+    assert not found.kernels.float and (kernels is None or str(found.kernels) == kernels)
+    stored = {i.name: i.data_type for i in onnx.load(tmp_path / "a.onnx").graph.initializer}
+    assert all(kind == onnx.TensorProto.INT8 for n, kind in stored.items() if n.endswith("weight_levels"))
+    assert all(kind == onnx.TensorProto.INT32 for n, kind in stored.items() if n.endswith("bias_levels"))
+    assert not any(n.endswith("weight") and ".conv" in n for n in stored)
+
+
+def test_low_bits_are_exact_and_saturate_where_the_simulation_does(tmp_path):
+    module, data = quantized("resnet_padded", Bits(weight=3, product=3, sum=4))
+    assert to_integer_onnx(module, [(10 * data[0][0], None)], tmp_path / "a.onnx").error < 1e-4
+
+
+def test_what_is_left_in_float_is_named_with_its_reason(tmp_path):
+    module, data = quantized("resnet_padded", Bits(weights={"stem.0.weight": None}))
+    found = to_integer_onnx(module, data, tmp_path / "a.onnx").kernels
+    assert found.integer["convolutions"] == found.total["convolutions"] - 1
+    assert list(found.float.values()) == ["its weight stem.0.weight was left in float"]
+
+
+def test_programs_are_the_simulation_exactly_and_need_no_curvepress(tmp_path):
+    module, data = quantized("resnet_padded", Bits(weight=4, product=5))
+    assert to_program(module, data, tmp_path / "a.pt2").error == 0
+    nodes = torch.export.load(tmp_path / "a.pt2").graph.nodes
+    assert {str(n.target).partition(".")[0] for n in nodes if n.op == "call_function"} == {"aten"}
+    with pytest.raises(ValueError, match=r"end in \.pt2"):
+        to_program(module, data, tmp_path / "a.pt")
+
+
+def test_a_file_that_disagrees_gets_no_name(tmp_path, monkeypatch):
+    module, data = quantized("mlp")
+    monkeypatch.setattr("curvepress.export.integers._round", lambda x, scale, zero_point, low, high: x)
+    with pytest.raises(ValueError, match="same prediction"):
+        to_integer_onnx(module, data, tmp_path / "a.onnx", least_same=100.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_and_missing_runtimes_say_so(tmp_path, monkeypatch):
+    module, data = quantized("mlp")
+    (tmp_path / "a.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"a\.onnx cannot be opened"):
+        count_kernels(tmp_path / "a.onnx", module)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match="pip install openvino"):
+        check_in_openvino(tmp_path / "a.onnx", module, data)
+    with pytest.raises(ValueError, match="no batches"):
+        to_integer_onnx(module, [], tmp_path / "b.onnx")
+
+
+def test_openvino_reads_the_same_file(tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is optional")
+    module, data = quantized("resnet_padded")
+    to_integer_onnx(module, data, tmp_path / "a.onnx")
+    found = check_in_openvino(tmp_path / "a.onnx", module, data)
+    assert found.same >= 95 and found.integer["convolutions"] == found.total["convolutions"] == 7
+
+
+def test_groups_of_inputs_in_four_bits_are_stored_as_int4_and_multiplied_as_they_are(tmp_path):
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 5)).eval(), torch.randn(16, 3, 64)
+    module = calibrate(quantize(model, Bits(weight=4, product=None, sum=None, group=16), x), [(x, None)])
+    found = to_integer_onnx(module, [(x, None)], tmp_path / "a.onnx", least_same=95)
+    assert str(found.kernels) == "2 of 2 linear layers integer" and found.error < 0.02
+    stored = {i.name: i.data_type for i in onnx.load(tmp_path / "a.onnx").graph.initializer}
+    assert stored["0.weight_levels"] == onnx.TensorProto.INT4
+
+
+def test_addmm_is_a_linear_layer_too(tmp_path):
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, 8), self.weight).relu()
+
+    data = [(torch.randn(64, 8), None)]
+    module = calibrate(quantize(Turned(), Bits(), data[0][0]), data)
+    assert str(to_integer_onnx(module, data, tmp_path / "a.onnx", least_same=95).kernels) == "1 of 1 linear layers integer"
