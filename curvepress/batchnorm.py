@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -47,12 +47,8 @@ _ARGUMENTS = {
 }
 
 
-class _Averaging(TorchFunctionMode):
-    """Batch normalisation runs in training mode, with the momentum that makes its buffers averages over the calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, int] = {}  # examples, by the address of the running mean
+class _InTraining(TorchFunctionMode):
+    """Batch normalisation runs as in training, with the momentum of this example, batch and layer."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(zip(_ARGUMENTS.get(func, ()), args, strict=False)) | (kwargs or {})
@@ -60,11 +56,33 @@ class _Averaging(TorchFunctionMode):
             raise ValueError(f"statistics cannot be re-estimated through {func}: give a model that calls aten.batch_norm")
         if func not in _ARGUMENTS or given["running_mean"] is None:
             return func(*args, **(kwargs or {}))
-        inputs, mean = given["input"], given["running_mean"]
+        inputs = given["input"]
         if inputs.numel() == inputs.shape[1]:
             raise ValueError(f"batch normalisation of inputs {tuple(inputs.shape)} sees one value per channel; use larger batches")
+        return func(**given | {"training": True, "momentum": self.momentum(inputs, given["running_mean"], given["running_var"])})
+
+    def momentum(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> float:
+        """How much of the running statistics is replaced."""
+        raise NotImplementedError
+
+
+class Untouched(_InTraining):
+    """Batch normalisation by the statistics of each batch, as they would be after they are estimated anew; buffers stay."""
+
+    def momentum(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> float:
+        return 0.0
+
+
+class _Averaging(_InTraining):
+    """The buffers become averages over the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}  # examples, by the address of the running mean
+
+    def momentum(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> float:
         if mean.data_ptr() not in self.seen:
-            for buffer in (mean, given["running_var"]):
+            for buffer in (mean, variance):
                 buffer.zero_()  # were it NaN, it would outlive a momentum of 1
         examples = self.seen[mean.data_ptr()] = self.seen.get(mean.data_ptr(), 0) + len(inputs)
-        return func(**given | {"training": True, "momentum": len(inputs) / examples})
+        return len(inputs) / examples

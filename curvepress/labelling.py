@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .algebra import Atoms, Labels, empty
+from .branches import History, Step
 from .structure import Site
 
 
@@ -48,8 +49,32 @@ class Ledger:
         self.products: dict[str, tuple[Dim, ...]] = {}
         self.touched: set[int] = set()  # ids of tensors that operators have read
         self.decided_by_data = False
+        self.history = History()
+        self._numbers: dict[int, int] = {}  # ids of tensors and the number of the value they hold now
+        self._values = 0
+        self._names: dict[int, str] = {}
         self._companions: set[str] = set()  # buffers carry channels, they do not make or read them
         self._known: dict[int, tuple[Tensor, Dims]] = {}
+
+    def own(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the model: no value of the forward pass."""
+        self._names[id(tensor)] = name
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of the value that a tensor holds now."""
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = self._values = self._values + 1
+        return self._numbers[id(tensor)]
+
+    def step(self, reads: Sequence[Tensor], makes: Sequence[Tensor], *, plain_sum: bool) -> None:
+        """An operator has read some tensors and made others, perhaps in the place of the first."""
+        names = {self._names[id(t)] for t in reads if id(t) in self._names}
+        values = tuple(self.number(t) for t in reads if id(t) not in self._names)
+        for tensor in makes:
+            self._numbers.pop(id(tensor), None)
+        made = tuple(self.number(t) for t in makes)
+        self.history.steps.append(Step(values, made, values if plain_sum and len(values) == 2 else ()))
+        self.history.used.append(names)
 
     def adopt(self, name: str, tensor: Tensor) -> None:
         """Give every dimension of a tensor of the model fresh atoms."""
@@ -117,6 +142,7 @@ class Ledger:
             return
         name = f"{op}#{len(self.products) + 1}"
         self.products[name] = tuple(self._distinct(d) for d in (*a, *b) if d.labelled)
+        self.history.used[-1].add(name)
         self.positions[name] = repeats * prod(len(d) for d in (*a, *b)) // prod(map(len, self.products[name]))
 
     def _distinct(self, dim: Dim) -> Dim:

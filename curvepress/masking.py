@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .labelling import Dims, Ledger, lost_rows
@@ -22,7 +23,7 @@ Cuts = dict[int, np.ndarray]
 
 
 def masked_output(model: nn.Module, plan: Plan, example: Sequence[Any]) -> Any:
-    """The output of the full model for the example with everything the plan removes at zero.
+    """The output of the full model for the example with everything the plan removes at zero, and without the branches it skips.
 
     Every slice of a weight, bias or running statistic that belongs to a lost channel is zero, so whatever reads the channel
     reads nothing.  Norms, means and sums run over the channels that stay: over a cut dimension they have new statistics.
@@ -41,7 +42,7 @@ def masked(model: nn.Module, plan: Plan, example: Sequence[Any], trace: Trace, g
             for dim, rows in stay(plan).get(name, {}).items():
                 lost = np.setdiff1d(np.arange(tensor.shape[dim]), rows)
                 tensor.index_fill_(dim, _on(lost, tensor), 0)
-        with quiet_evaluation(full), _OverSurvivors(trace.ledger, gone):
+        with quiet_evaluation(full), sdpa_kernel(SDPBackend.MATH), _OverSurvivors(trace.ledger, gone, left_over(trace, plan.skip)):
             return call(full, example)
 
 
@@ -54,15 +55,38 @@ def stay(plan: Plan) -> dict[str, Cuts]:
     return found
 
 
-class _OverSurvivors(TorchDispatchMode):
-    """Runs norms and statistics over the channels that stay, and leaves zero elsewhere."""
+class Skipping(TorchDispatchMode):
+    """Runs a forward pass in which of some sums only one addend is left: ``left[step]`` is 0 or 1."""
 
-    def __init__(self, ledger: Ledger, gone: np.ndarray) -> None:
+    def __init__(self, left: Mapping[int, int]) -> None:
         super().__init__()
-        self.ledger, self.gone = ledger, gone
+        self.left, self.steps = left, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if (addend := self.left.get(self.steps)) is not None:
+            in_place = func._schema.is_mutable
+            args = [a if n == addend else a.zero_() if in_place and not n else torch.zeros_like(a) for n, a in enumerate(args)]
+        self.steps += 1
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One operator."""
+        return func(*args, **kwargs)
+
+
+def left_over(trace: Trace, skip: Collection[str]) -> dict[int, int]:
+    """For the sum of each of these branches its step and the addend that is left."""
+    return {f.step: 1 - f.addend for f in trace.branches if f.branch.name in skip}
+
+
+class _OverSurvivors(Skipping):
+    """Runs norms and statistics over the channels that stay, and leaves zero elsewhere."""
+
+    def __init__(self, ledger: Ledger, gone: np.ndarray, left: Mapping[int, int]) -> None:
+        super().__init__(left)
+        self.ledger, self.gone = ledger, gone
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if run := SURVIVING.get(name_of(func)):
             result = run(self.cuts, func, bound(func, args, kwargs), args, kwargs)
         else:

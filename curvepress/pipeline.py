@@ -106,7 +106,7 @@ def _searched(structure: Structure, scores: Scores, settings: Settings) -> Plan:
     except ValueError as error:
         percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
         raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
-    if not plan.keep:
+    if plan.empty:
         whole = ", ".join(f"{v:,} {k}" for k, v in asdict(cost(plan)).items())
         raise ValueError(
             f"the whole model ({whole}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less"

@@ -12,20 +12,21 @@ import numpy as np
 
 from .structure import Group, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A structure and the channels that stay, by group.  ``Plan(structure)`` changes nothing.
+    """A structure, the channels that stay, by group, and the residual branches that are left out.  ``Plan(structure)`` changes nothing.
 
     Raises:
-        ValueError: if a group is unknown or frozen, or its channels are repeated, out of range or none:
+        ValueError: if a group is unknown or frozen, its channels are repeated, out of range or none, or a branch is unknown:
             an incoherent plan cannot be written down.
     """
 
     structure: Structure
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = {g.name: g for g in self.structure.groups}
@@ -33,7 +34,21 @@ class Plan:
             if name not in names:
                 raise ValueError(f"keep[{name!r}]: no such group; the groups are {', '.join(names)}")
             _check(names[name], tuple(channels))
+        branches = [b.name for b in self.structure.branches]
+        if unknown := [name for name in self.skip if name not in branches]:
+            raise ValueError(f"skip: no branch {unknown[0]!r}; the branches are {', '.join(branches) or 'none'}")
         object.__setattr__(self, "keep", {n: tuple(sorted(c)) for n, c in self.keep.items() if len(c) < names[n].size})
+        object.__setattr__(self, "skip", tuple(name for name in branches if name in self.skip))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is changed."""
+        return not (self.keep or self.skip)
+
+
+def dropped(plan: Plan) -> set[str]:
+    """The tensors and products that go with the branches that are left out."""
+    return {name for b in plan.structure.branches if b.name in plan.skip for name in b.tensors}
 
 
 def _check(group: Group, channels: tuple[int, ...]) -> None:
@@ -67,8 +82,8 @@ def edits(plan: Plan) -> dict[Site, np.ndarray]:
 
 def after(plan: Plan) -> Structure:
     """The structure of the model that ``apply`` will return, found without touching a model."""
-    old, cut = plan.structure, edits(plan)
-    sites = sorted({(m.tensor, m.dim) for g in old.groups for m in g.members}, key=_order(old))
+    old, cut, gone = plan.structure, edits(plan), dropped(plan)
+    sites = sorted({(m.tensor, m.dim) for g in old.groups for m in g.members if m.tensor not in gone}, key=_order(old))
     number = {site: n for n, site in enumerate(sites)}
     roles = {(m.tensor, m.dim): m.role for g in old.groups for m in g.members}
     entries: list[np.ndarray] = []
@@ -77,17 +92,20 @@ def after(plan: Plan) -> Structure:
         units = kept(plan, group)
         first = len(traits)
         traits += [(group.kind, group.frozen)] * len(units)
-        for m in group.members:
+        for m in (m for m in group.members if m.tensor not in gone):
             entries.append(_entries(first, number[m.tensor, m.dim], _renumbered(m.rows[units], cut.get((m.tensor, m.dim)))))
     groups = assemble(np.concatenate(entries), sites, [roles[s] for s in sites], dict(enumerate(traits))) if entries else ()
-    return Structure(tensors_after(plan), groups, old.inputs)
+    branches = tuple(b for b in old.branches if not gone.issuperset(b.tensors))
+    return Structure(tensors_after(plan), groups, old.inputs, branches)
 
 
 def tensors_after(plan: Plan) -> dict[str, TensorSpec]:
     """The tensors of the model that ``apply`` will return."""
-    cut = edits(plan)
+    cut, gone = edits(plan), dropped(plan)
     return {
-        n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape))) for n, t in plan.structure.tensors.items()
+        n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape)))
+        for n, t in plan.structure.tensors.items()
+        if n not in gone
     }
 
 
@@ -113,7 +131,7 @@ def _entries(first: int, site: int, rows: np.ndarray) -> np.ndarray:
 def to_json(plan: Plan) -> str:
     """The plan as JSON text that :func:`from_json` reads back to an equal plan."""
     keep = {name: [int(c) for c in channels] for name, channels in plan.keep.items()}
-    data = {"format": "curvepress plan", "version": VERSION, "keep": keep, "structure": structure_to_dict(plan.structure)}
+    data = {"format": "curvepress plan", "version": VERSION, "keep": keep, "skip": list(plan.skip), "structure": structure_to_dict(plan.structure)}
     return dumps(data)
 
 
@@ -133,7 +151,10 @@ def from_json(text: str) -> Plan:
     keep = data.get("keep")
     if not isinstance(keep, dict) or not all(isinstance(c, list) for c in keep.values()):
         raise ValueError("this is not a plan: `keep` must map groups to lists of channels")
-    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()})
+    skip = data.get("skip")
+    if not isinstance(skip, list) or not all(isinstance(b, str) for b in skip):
+        raise ValueError("this is not a plan: `skip` must be a list of branches")
+    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip))
 
 
 def dumps(data: Any) -> str:

@@ -126,16 +126,18 @@ def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget) -> Plan:
     """
     whole = cost(Plan(family(0).structure))
     if not budget(smallest := cost(family(steps)), whole):
-        least = ", ".join(f"{k} {v:,} ({v / max(getattr(whole, k), 1):.1%})" for k, v in vars(smallest).items())
-        raise ValueError(
-            f"no plan fits the budget ({_described(budget)}); the smallest this model can be made is: {least}. "
-            "Allow more, or lower the floor or the multiple"
-        )
+        raise ValueError(unreachable(smallest, whole, budget, "lower the floor or the multiple"))
     low, high = -1, steps
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if budget(cost(family(middle)), whole) else (middle, high)
     return family(high)
+
+
+def unreachable(smallest: Cost, whole: Cost, budget: Budget, way_out: str) -> str:
+    """What is said of a budget that cannot be met."""
+    least = ", ".join(f"{k} {v:,} ({v / max(getattr(whole, k), 1):.1%})" for k, v in vars(smallest).items())
+    return f"no plan fits the budget ({_described(budget)}); the smallest this model can be made is: {least}. Allow more, or {way_out}"
 
 
 def _described(budget: Budget) -> str:

@@ -20,6 +20,7 @@ from .algebra import Labels
 from .graphs import export_graph, graph_tensors, placeholder_values
 from .labelling import Dim, lost_rows
 from .plan import Plan, edits
+from .skipping import leave_out
 from .tracing import Trace, atoms_lost, watch
 
 Seen = dict[fx.Node, Any]
@@ -38,6 +39,7 @@ def rewrite(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> fx.GraphM
         if node.op == "call_function" and (rewriter := REWRITERS.get(_name(node))):
             rewriter(cut, node, seen)
     _slice(graph, plan)
+    leave_out(graph, plan, {node: tuple(map(len, dims)) for node, dims in seen.items() if _is_tensor(dims)})
     _switch_with_mode(graph)
     graph.graph.lint()
     graph.recompile()
@@ -63,6 +65,10 @@ def _observe(graph: fx.GraphModule, example: tuple[Any, ...]) -> tuple[Trace, Se
     trace = watch(graph, lambda: _Recorder(graph, results.__setitem__).run(*placeholder_values(graph, example)), example)
     dims = {node: torch.utils._pytree.tree_map_only(Tensor, trace.ledger.of, result) for node, result in results.items()}
     return trace, dims
+
+
+def _is_tensor(seen: Any) -> bool:
+    return isinstance(seen, (list, tuple)) and all(isinstance(d, Dim) for d in seen)
 
 
 class _Cut:

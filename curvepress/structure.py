@@ -83,12 +83,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch that can be left out whole, and the tensors and products that go with it."""
+
+    name: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
-    """Tensors of a model and the groups that couple their dimensions, in the model's own order."""
+    """Tensors of a model, the groups that couple their dimensions, and its residual branches, in the model's own order."""
 
     tensors: Mapping[str, TensorSpec]
     groups: tuple[Group, ...]
     inputs: tuple[InputSpec, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -151,6 +160,7 @@ def structure_to_dict(structure: Structure) -> dict[str, Any]:
             {"name": g.name, "size": g.size, "kind": g.kind, "frozen": g.frozen, "members": [_member_to_dict(m) for m in g.members]}
             for g in structure.groups
         ],
+        "branches": [vars(b) for b in structure.branches],
         "tensors": {name: vars(spec) for name, spec in structure.tensors.items()},
     }
 
@@ -168,10 +178,11 @@ def structure_from_dict(data: Mapping[str, Any]) -> Structure:
             Group(g["name"], g["size"], g["kind"], tuple(_member_from_dict(m, g["size"]) for m in g["members"]), g["frozen"])
             for g in data["groups"]
         )
+        branches = tuple(Branch(b["name"], tuple(b["tensors"])) for b in data["branches"])
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"this is not the JSON of a structure ({reason}); write it again with `curvepress trace`") from None
-    structure = Structure(tensors, groups, inputs)
+    structure = Structure(tensors, groups, inputs, branches)
     _check(structure)
     return structure
 
@@ -182,6 +193,11 @@ def _check(structure: Structure) -> None:
             shape = structure.tensors[m.tensor].shape if m.tensor in structure.tensors else ()
             if not (0 <= m.dim < len(shape) and len(m.rows) == group.size and ((m.rows >= 0) & (m.rows < shape[m.dim])).all()):
                 raise ValueError(f"group {group.name!r}: its rows of {m.tensor!r}, dimension {m.dim}, do not fit shape {shape}")
+
+
+    for branch in structure.branches:
+        if unknown := [name for name in branch.tensors if name not in structure.tensors]:
+            raise ValueError(f"branch {branch.name!r}: {unknown[0]!r} is no tensor of this structure")
 
 
 def _member_to_dict(member: Member) -> dict[str, Any]:

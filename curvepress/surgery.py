@@ -37,11 +37,11 @@ class Applied:
 
 
 def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
-    """A copy of ``model`` without the channels the plan removes, verified against the masked original.
+    """A copy of ``model`` without the channels and branches the plan removes, verified against the masked original.
 
     The given model is left alone and surviving tensors keep their names.  The result is an ordinary copy of the module
     where its code follows its tensors' shapes.  Where the code holds constants (a reshape to a fixed width, a padded
-    shortcut), it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which one and why is logged.
+    shortcut), or runs a branch that is left out, it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which one and why is logged.
 
     Args:
         example: inputs to verify on; without them random inputs of the shapes the structure was traced with.
@@ -58,18 +58,19 @@ def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
 def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     """What :func:`apply` returns, with its form and the reason for it."""
     _check(model, plan)
-    if not plan.keep:
+    if plan.empty:
         return Applied(copy.deepcopy(model), "module")
     example = example or _on_device_of(model, synthetic(plan.structure.inputs))
     seen = Watched()
     trace = watch(model, lambda: _run_shadow(model, example, seen), example)
     gone = atoms_lost(trace, plan, model_tensors(model))
-    small = sliced(model, plan)
-    mend(small, _widths_left(trace, gone, seen))
     wanted = masked(model, plan, example, trace, gone)
-    trouble = _disagreement(small, example, wanted)
-    if not trouble:
-        return Applied(small, "module")
+    trouble = "has code that runs the branches that are left out"
+    if not plan.skip:
+        small = sliced(model, plan)
+        mend(small, _widths_left(trace, gone, seen))
+        if not (trouble := _disagreement(small, example, wanted)):
+            return Applied(small, "module")
     graph = rewrite(model, plan, example)
     if still := _disagreement(graph, example, wanted):
         raise ValueError(f"the plan cannot be applied: sliced in place the model {trouble}; rewritten as a graph it {still}")

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .algebra import CONVOLVED, INNER, OUTER, QUERY_KEY, TABLE, VALUE
+from .branches import Found, find
 from .labelling import Dim, Ledger, lost_rows
 from .objective import arguments, call, outputs
 from .operators import observe
@@ -60,23 +61,25 @@ def _seen(x: Any) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """A structure and the ledger it was read from."""
+    """A structure, the ledger it was read from, and the steps that add its branches."""
 
     structure: Structure
     ledger: Ledger
+    branches: tuple[Found, ...]
 
 
 def watch(model: nn.Module, forward: Callable[[], Any], example: Sequence[Any]) -> Trace:
     """Run ``forward``, which must use the tensors of ``model``, and read off the structure."""
     ledger, tensors = Ledger(), model_tensors(model)
     for name, tensor in tensors.items():
+        ledger.own(name, tensor)
         if tensor.ndim and tensor.is_floating_point():
             ledger.adopt(name, tensor)
     with quiet_evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Watch(ledger):  # one kernel for any widths
         out = forward()
     for tensor in outputs(out):
         ledger.freeze(ledger.of(tensor), "model output")
-    return _read(ledger, model, tensors, example)
+    return _read(ledger, model, tensors, example, {ledger.number(t) for t in outputs(out)})
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -111,19 +114,20 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Any]) -> Trace:
+def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Any], made: set[int]) -> Trace:
     specs = {**_specs(model, tensors), **_products(ledger)}
     inputs = _inputs(example)
     batch = next((i.shape[0] for i in inputs if i.shape), 1)
     specs = {n: TensorSpec(t.shape, t.dtype, t.kind, ledger.positions.get(n, 0) // batch) for n, t in specs.items()}
-    found = list(_sites(ledger, tensors))
-    entries = [_entries(ledger, n, dim) for n, (_, dim, _) in enumerate(found)]
+    places = list(_sites(ledger, tensors))
+    entries = [_entries(ledger, n, dim) for n, (_, dim, _) in enumerate(places)]
     table = np.concatenate([*entries, np.zeros((0, 3), dtype=np.int64)])
-    sites, roles = [s for s, _, _ in found], [r for _, _, r in found]
+    sites, roles = [s for s, _, _ in places], [r for _, _, r in places]
     table = _audible(table, roles)
     traits = _traits(ledger, table, sites, roles)
     groups = assemble(table, sites, roles, traits)
-    return Trace(Structure(specs, groups, inputs), ledger)
+    found = find(ledger.history, list(tensors), {n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.ndim > 1}, made)
+    return Trace(Structure(specs, groups, inputs, tuple(f.branch for f in found)), ledger, tuple(found))
 
 
 def _sites(ledger: Ledger, tensors: dict[str, Tensor]) -> Iterator[tuple[Site, Dim, str]]:

@@ -46,7 +46,9 @@ def family(belongs: Callable[[Any, str], bool]) -> Callable[[Rule], Rule]:
 def observe(ledger: Ledger, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """Let the rule of ``func`` label its result."""
     results, name = tensors_in(result), name_of(func)
-    ledger.touch(tensors_in([args, kwargs]))
+    given = tensors_in([args, kwargs])
+    ledger.touch(given)
+    ledger.step(given, results, plain_sum=name == "add" and not kwargs and all(t.shape == results[0].shape for t in given))
     ledger.decided_by_data |= name in DECIDING
     if not results:
         return
