@@ -70,6 +70,7 @@ class Untouched(_InTraining):
     """Batch normalisation by the statistics of each batch, as they would be after they are estimated anew; buffers stay."""
 
     def momentum(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> float:
+        """None of them."""
         return 0.0
 
 

@@ -6,7 +6,7 @@ attention and the hidden layers of transformers, are branches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -82,9 +82,7 @@ def _name(owned: Sequence[str], weights: Collection[str], taken: Sequence[Found]
     return common if common and common not in {f.branch.name for f in taken} else own[0].removesuffix(".weight")
 
 
-def _private(
-    steps: Sequence[Step], last: int, value: int, readers: Mapping[int, set[int]], outputs: Collection[int]
-) -> set[int]:
+def _private(steps: Sequence[Step], last: int, value: int, readers: Mapping[int, set[int]], outputs: Collection[int]) -> set[int]:
     """The steps whose results are read, in the end, as this addend of the last step and nowhere else."""
     found: set[int] = set()
     allowed = {last}
@@ -123,12 +121,12 @@ def _ancestors(steps: Sequence[Step], value: int, makers: Mapping[int, int]) -> 
 
 def _owned(history: History, private: set[int], names: Sequence[str]) -> tuple[str, ...]:
     """The tensors and products that nothing but the branch uses, and what no step uses of the modules they are in."""
-    within, elsewhere = (_used(history, lambda n, side=side: (n in private) == side) for side in (True, False))
+    within, elsewhere = _used(history, private), _used(history, set(range(len(history.used))) - private)
     inner, outer = ({name.rpartition(".")[0] for name in part} for part in (within - elsewhere, elsewhere))
     idle = {name for name in names if name not in within | elsewhere and name.rpartition(".")[0] in inner - outer}
     products = sorted((within - elsewhere) - set(names))
     return (*(name for name in names if name in (within - elsewhere) | idle), *products)
 
 
-def _used(history: History, wanted: Callable[[int], bool]) -> set[str]:
-    return set[str]().union(*(names for n, names in enumerate(history.used) if wanted(n)))
+def _used(history: History, steps: Collection[int]) -> set[str]:
+    return set[str]().union(*(history.used[n] for n in steps))

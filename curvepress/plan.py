@@ -131,7 +131,13 @@ def _entries(first: int, site: int, rows: np.ndarray) -> np.ndarray:
 def to_json(plan: Plan) -> str:
     """The plan as JSON text that :func:`from_json` reads back to an equal plan."""
     keep = {name: [int(c) for c in channels] for name, channels in plan.keep.items()}
-    data = {"format": "curvepress plan", "version": VERSION, "keep": keep, "skip": list(plan.skip), "structure": structure_to_dict(plan.structure)}
+    data = {
+        "format": "curvepress plan",
+        "version": VERSION,
+        "keep": keep,
+        "skip": list(plan.skip),
+        "structure": structure_to_dict(plan.structure),
+    }
     return dumps(data)
 
 

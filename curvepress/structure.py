@@ -194,7 +194,6 @@ def _check(structure: Structure) -> None:
             if not (0 <= m.dim < len(shape) and len(m.rows) == group.size and ((m.rows >= 0) & (m.rows < shape[m.dim])).all()):
                 raise ValueError(f"group {group.name!r}: its rows of {m.tensor!r}, dimension {m.dim}, do not fit shape {shape}")
 
-
     for branch in structure.branches:
         if unknown := [name for name in branch.tensors if name not in structure.tensors]:
             raise ValueError(f"branch {branch.name!r}: {unknown[0]!r} is no tensor of this structure")

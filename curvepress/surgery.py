@@ -41,7 +41,8 @@ def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
 
     The given model is left alone and surviving tensors keep their names.  The result is an ordinary copy of the module
     where its code follows its tensors' shapes.  Where the code holds constants (a reshape to a fixed width, a padded
-    shortcut), or runs a branch that is left out, it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which one and why is logged.
+    shortcut), or runs a branch that is left out, it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which
+    one and why is logged.
 
     Args:
         example: inputs to verify on; without them random inputs of the shapes the structure was traced with.

@@ -19,7 +19,7 @@ from curvepress.objective import call, outputs
 from curvepress.plan import Plan, after, dropped, from_json, to_json
 from curvepress.planner import at_most
 from curvepress.structure import Structure
-from curvepress.surgery import apply, applied
+from curvepress.surgery import applied, apply
 from curvepress.tracing import trace
 
 RESIDUAL = [name for name in ZOO if trace(make(name).model, *make(name).example).branches]
