@@ -10,23 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from .structure import Group, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
+from . import implants as implanting
+from .implants import Implant
+from .structure import Group, Member, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
+"""Version 2 had no implants."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A structure, the channels that stay, by group, and the residual branches that are left out.  ``Plan(structure)`` changes nothing.
+    """A structure, the channels that stay, by group, the residual branches that are left out, and implants, by the weight they replace.
+
+    ``Plan(structure)`` changes nothing.  Channels, of pointwise implants too, are numbered as in the structure; a rank is what is left
+    after pruning.
 
     Raises:
-        ValueError: if a group is unknown or frozen, its channels are repeated, out of range or none, or a branch is unknown:
-            an incoherent plan cannot be written down.
+        ValueError: if a group is unknown or frozen, its channels are repeated, out of range or none, a branch is unknown, or an implant
+            does not fit its weight or goes with a branch: an incoherent plan cannot be written down.
     """
 
     structure: Structure
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
+    implants: Mapping[str, Implant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = {g.name: g for g in self.structure.groups}
@@ -39,11 +47,14 @@ class Plan:
             raise ValueError(f"skip: no branch {unknown[0]!r}; the branches are {', '.join(branches) or 'none'}")
         object.__setattr__(self, "keep", {n: tuple(sorted(c)) for n, c in self.keep.items() if len(c) < names[n].size})
         object.__setattr__(self, "skip", tuple(name for name in branches if name in self.skip))
+        if lost_with := sorted(set(self.implants) & dropped(self)):
+            raise ValueError(f"implants[{lost_with[0]!r}]: this weight goes with a branch that is left out; take one of them back")
+        implanting.check(self.structure, self.implants, edits(self) if self.implants else {})
 
     @property
     def empty(self) -> bool:
         """Whether nothing is changed."""
-        return not (self.keep or self.skip)
+        return not (self.keep or self.skip or self.implants)
 
 
 def dropped(plan: Plan) -> set[str]:
@@ -82,6 +93,8 @@ def edits(plan: Plan) -> dict[Site, np.ndarray]:
 
 def after(plan: Plan) -> Structure:
     """The structure of the model that ``apply`` will return, found without touching a model."""
+    if plan.implants:
+        return after(implanted(plan))
     old, cut, gone = plan.structure, edits(plan), dropped(plan)
     sites = sorted({(m.tensor, m.dim) for g in old.groups for m in g.members if m.tensor not in gone}, key=_order(old))
     number = {site: n for n, site in enumerate(sites)}
@@ -101,12 +114,38 @@ def after(plan: Plan) -> Structure:
 
 def tensors_after(plan: Plan) -> dict[str, TensorSpec]:
     """The tensors of the model that ``apply`` will return."""
+    if plan.implants:
+        return tensors_after(implanted(plan))
     cut, gone = edits(plan), dropped(plan)
     return {
         n: replace(t, shape=tuple(len(cut.get((n, d), range(k))) for d, k in enumerate(t.shape)))
         for n, t in plan.structure.tensors.items()
         if n not in gone
     }
+
+
+def implanted(plan: Plan) -> Plan:
+    """What is left to do once the plan's implants are in the model: the same channels go, under the names of the new structure."""
+    old, new = plan.structure, implanting.implanted(plan.structure, plan.implants)
+    keep: dict[str, list[int]] = {}
+    where = {unit: (g.name, c) for g in new.groups for c, unit in enumerate(_units(g.members, g.size))} if plan.keep else {}
+    moved = implanting.moves(old, plan.implants)
+    for group in (g for g in old.groups if g.name in plan.keep):
+        placed = [p for m in group.members for p in implanting.replaced(old, plan.implants, m, moved)]
+        units: list[set[tuple[str, int, int]]] = [set() for _ in range(group.size)]
+        for member, owners in placed:
+            for unit, row in zip(owners.tolist(), member.rows[:, 0].tolist(), strict=True):
+                units[unit].add((member.tensor, member.dim, row))
+        for channel in kept(plan, group).tolist():
+            name, number = where[frozenset(units[channel])]
+            keep.setdefault(name, []).append(number)
+    skip = tuple(b.name for b, was in zip(new.branches, old.branches, strict=True) if was.name in plan.skip)
+    return Plan(new, {name: tuple(channels) for name, channels in keep.items()}, skip)
+
+
+def _units(members: tuple[Member, ...], size: int) -> list[frozenset[tuple[str, int, int]]]:
+    """Where each channel lives: tensor, dimension, row."""
+    return [frozenset((m.tensor, m.dim, row) for m in members for row in m.rows[c].tolist()) for c in range(size)]
 
 
 def _order(structure: Structure) -> Any:
@@ -136,6 +175,7 @@ def to_json(plan: Plan) -> str:
         "version": VERSION,
         "keep": keep,
         "skip": list(plan.skip),
+        "implants": implanting.to_dict(plan.implants),
         "structure": structure_to_dict(plan.structure),
     }
     return dumps(data)
@@ -151,16 +191,17 @@ def from_json(text: str) -> Plan:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"this is not a plan: the JSON is damaged ({error})") from None
-    if not isinstance(data, dict) or data.get("format") != "curvepress plan" or data.get("version") != VERSION:
+    if not isinstance(data, dict) or data.get("format") != "curvepress plan" or data.get("version") not in READABLE:
         seen = {k: data.get(k) for k in ("format", "version")} if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"this is not a curvepress plan of version {VERSION}; got {seen}")
+        raise ValueError(f"this is not a curvepress plan of version {' or '.join(map(str, READABLE))}; got {seen}")
     keep = data.get("keep")
     if not isinstance(keep, dict) or not all(isinstance(c, list) for c in keep.values()):
         raise ValueError("this is not a plan: `keep` must map groups to lists of channels")
     skip = data.get("skip")
     if not isinstance(skip, list) or not all(isinstance(b, str) for b in skip):
         raise ValueError("this is not a plan: `skip` must be a list of branches")
-    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip))
+    implants = implanting.from_dict(data.get("implants", {}))
+    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip), implants)
 
 
 def dumps(data: Any) -> str:

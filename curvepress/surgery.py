@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .implanting import implant
 from .labelling import lost_rows
 from .masking import masked, stay
 from .objective import call, outputs
-from .plan import Plan
+from .plan import Plan, implanted
 from .rewriting import rewrite
 from .structure import InputSpec
 from .tracing import Trace, atoms_lost, model_tensors, quiet_evaluation, run, watch
@@ -37,12 +38,15 @@ class Applied:
 
 
 def apply(model: nn.Module, plan: Plan, *example: Any) -> nn.Module:
-    """A copy of ``model`` without the channels and branches the plan removes, verified against the masked original.
+    """A copy of ``model`` without the channels and branches the plan removes and with its implants, verified against the masked original.
 
     The given model is left alone and surviving tensors keep their names.  The result is an ordinary copy of the module
     where its code follows its tensors' shapes.  Where the code holds constants (a reshape to a fixed width, a padded
     shortcut), or runs a branch that is left out, it is a ``torch.fx.GraphModule`` rewritten from the exported graph; which
     one and why is logged.
+
+    Implants begin with truncated weights; they are compared with the original that has the dense weights they amount to, and the rest
+    is compared with the masked model that has them.  :func:`curvepress.refitting.fit_implants` fits them to data.
 
     Args:
         example: inputs to verify on; without them random inputs of the shapes the structure was traced with.
@@ -62,6 +66,10 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     if plan.empty:
         return Applied(copy.deepcopy(model), "module")
     example = example or _on_device_of(model, synthetic(plan.structure.inputs))
+    if plan.implants:
+        model, plan = _with_implants(model, plan, example), implanted(plan)
+        if plan.empty:
+            return Applied(model, "module")
     seen = Watched()
     trace = watch(model, lambda: _run_shadow(model, example, seen), example)
     gone = atoms_lost(trace, plan, model_tensors(model))
@@ -76,6 +84,16 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     if still := _disagreement(graph, example, wanted):
         raise ValueError(f"the plan cannot be applied: sliced in place the model {trouble}; rewritten as a graph it {still}")
     return Applied(graph, "graph", trouble)
+
+
+def _with_implants(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> nn.Module:
+    """The model with the plan's implants, compared with the original that has the weights they amount to."""
+    made = implant(model, plan)
+    with torch.no_grad(), quiet_evaluation(made.reference):
+        wanted = call(made.reference, example)
+    if trouble := _disagreement(made.model, example, wanted):
+        raise ValueError(f"the implants cannot be put into this model: with them it {trouble}; its code may read the weights itself")
+    return made.model
 
 
 def _run_shadow(model: nn.Module, example: tuple[Any, ...], seen: Watched) -> Any:
@@ -188,5 +206,5 @@ def _disagreement(model: nn.Module, example: tuple[Any, ...], wanted: Any) -> st
         scale = float(b.abs().max()) if b.numel() else 0.0
         apart = float((a - b).abs().max()) if b.numel() else 0.0
         if not apart <= TOLERANCE.get(b.dtype, 2e-2) * max(scale, 1e-6):
-            return f"differs from the masked original by {apart:.2g} where its largest output is {scale:.2g}"
+            return f"differs from what it should compute by {apart:.2g} where its largest output is {scale:.2g}"
     return ""

@@ -18,7 +18,10 @@ TABLE = {
     "quantizer": "",
     "rounding": "quantizer",
     "packing": "quantizer files",
-    "plan": "structure",
+    "implants": "structure",
+    "layers": "",
+    "truncation": "",
+    "plan": "structure implants",
     "costs": "plan",
     "branches": "structure",
     "labelling": "structure algebra branches",
@@ -29,7 +32,9 @@ TABLE = {
     "graphs": "objective tracing",
     "skipping": "plan branches operators graphs",
     "rewriting": "plan labelling tracing algebra graphs skipping",
-    "surgery": "structure plan objective labelling tracing masking widths rewriting",
+    "implanting": "implants plan tracing layers truncation",
+    "surgery": "structure plan objective labelling tracing masking widths rewriting implanting",
+    "refitting": "implants plan structure objective rounding curvature tracing surgery implanting truncation",
     "curvature": "objective",
     "scores": "structure curvature objective",
     "alignment": "structure",
@@ -69,10 +74,10 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "alignment", "plan", "costs", "planner", "report", "algebra"}
+WITHOUT_TORCH = {"structure", "alignment", "plan", "costs", "planner", "report", "algebra", "implants"}
 WRITERS = {"files", "artifacts", "packing", "checkpointing", "runs", "quantization", "pipeline", "export", "metering", "terminal", "cli"}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
-MODULE_MAKERS = {"rewriting", "quantized", "export"}
+MODULE_MAKERS = {"layers", "rewriting", "quantized", "export"}
 
 # Whatever is loaded is data, never a program; this holds in every folder.
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch.save", "torch.load", "eval", "exec"}
