@@ -23,7 +23,7 @@ from curvepress.costs import Cost, cost
 from curvepress.plan import Plan
 from curvepress.planner import at_most, search
 from curvepress.repairing import repair
-from curvepress.scores import score
+from curvepress.scores import Scores, score
 from curvepress.structure import Structure
 from curvepress.surgery import apply
 from curvepress.tracing import trace
@@ -38,24 +38,30 @@ NAMES = {"hessian_trace": "relative trace", "mask_curvature": "curvature", PEER:
 
 def measure(depth: int, method: str, budget: str, shares: list[float], inner: bool, seed: int) -> None:
     """Whatever has no record yet."""
+    keys = [{"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "seed": seed} for share in shares]
+    missing = [k for k in keys if not any(all(r.get(n) == v for n, v in k.items()) for r in records.read(FILE))]
+    if not missing:
+        return
     model = recipe.model(depth=depth)
     structure = trace(model, recipe.example())
-    scores = None
-    for share in shares:
-        key = {"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "seed": seed}
-        if any(all(r.get(k) == v for k, v in key.items()) for r in records.read(FILE)):
-            continue
-        if method != PEER and scores is None:
-            batches = recipe.batches("calibration", seed=seed)
-            estimator = "gauss-newton" if method == "hessian_trace" else "auto"
-            scores = score(model, recipe.loss, batches, structure, method=method, estimator=estimator, samples=SAMPLES, seed=seed)
+    scores = _scored(model, structure, method, seed)
+    for key in missing:
         if scores is None:
-            plan = _peer_plan(model, structure, share)
+            plan = _peer_plan(model, structure, key["share"])
         else:
-            per = "macs" if budget == "macs" else "channel"
-            plan = search(structure, scores, at_most(**{budget: share}), per=per, whole=_stream(structure) if inner else ())
+            limit, whole = at_most(**{budget: key["share"]}), _stream(structure) if inner else ()
+            plan = search(structure, scores, limit, per="macs" if budget == "macs" else "channel", whole=whole)
         record = records.once(FILE, key, partial(_measured, model, plan, seed))
         print({k: v for k, v in record.items() if k != "environment"}, flush=True)
+
+
+def _scored(model: nn.Module, structure: Structure, method: str, seed: int) -> Scores | None:
+    """The scores of channels, or none where Torch-Pruning has its own."""
+    if method == PEER:
+        return None
+    estimator = "gauss-newton" if method == "hessian_trace" else "auto"
+    batches = recipe.batches("calibration", seed=seed)
+    return score(model, recipe.loss, batches, structure, method=method, estimator=estimator, samples=SAMPLES, seed=seed)
 
 
 def _stream(structure: Structure) -> list[str]:
