@@ -38,7 +38,9 @@ NAMES = {"hessian_trace": "relative trace", "mask_curvature": "curvature", PEER:
 
 def measure(depth: int, method: str, budget: str, shares: list[float], inner: bool, seed: int) -> None:
     """Whatever has no record yet."""
-    keys = [{"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "seed": seed} for share in shares]
+    keys: list[dict[str, Any]] = [
+        {"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "seed": seed} for share in shares
+    ]
     missing = [k for k in keys if not any(all(r.get(n) == v for n, v in k.items()) for r in records.read(FILE))]
     if not missing:
         return
@@ -74,7 +76,7 @@ def _peer_plan(model: nn.Module, structure: Structure, share: float) -> Plan:
     small, keep = peer.prune(model, recipe.example(), share), {}
     for group in structure.free:
         if group.name.endswith(".conv1"):
-            before, after = (m.get_submodule(group.name).weight.detach().flatten(1) for m in (model, small))
+            before, after = (dict(m.named_parameters())[f"{group.name}.weight"].detach().flatten(1) for m in (model, small))
             keep[group.name] = tuple(int(i) for i in (before[:, None] == after).all(-1).any(1).nonzero())
     return Plan(structure, keep)
 
