@@ -3,7 +3,8 @@
 structure = trace(model, x)                                       # which dimensions must change together
 scores    = score(model, loss, batches, structure)                # what removing each channel is predicted to cost
 plan      = search(structure, scores, at_most(params=0.5))        # the gentlest plan that fits the budget
-small     = fit(apply(model, plan), loss, train, epochs=3, lr=0.01).model
+small     = repair(apply(model, plan), model, batches, plan).model  # what survives takes over what was lost
+small     = fit(small, loss, train, epochs=3, lr=0.01).model
 save(small, "small.safetensors")                                  # and back: restore(fresh_model, plan, "small.safetensors")
 """
 
@@ -13,6 +14,7 @@ from .costs import Cost, cost
 from .export import to_onnx
 from .plan import Plan
 from .planner import at_most, search
+from .repairing import repair
 from .scores import Scores, score
 from .structure import Structure
 from .surgery import apply
@@ -21,5 +23,5 @@ from .training import fit
 
 __all__ = [
     "Cost", "Plan", "Scores", "Structure",
-    "apply", "at_most", "cost", "fit", "reestimate", "restore", "save", "score", "search", "to_onnx", "trace",
+    "apply", "at_most", "cost", "fit", "reestimate", "repair", "restore", "save", "score", "search", "to_onnx", "trace",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from .pipeline import assist, check_budget, costs, keep_stage, run_stage
 from .planner import PER
 from .quantization import QUANTIZED, check_choice, source_files
 from .recipe import Recipe, load_recipe
+from .repairing import EXAMPLES
 from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
 from .settings import QAT, bit_choice, limits, tuning
@@ -80,6 +81,7 @@ Per = Annotated[str, one_of(BUDGET, "what a channel's score is divided by", PER)
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
+Examples = Annotated[int, _tuned("calibration examples for the repair in closed form; 0: none", min=0)]
 Epochs = Annotated[int | None, _tuned("epochs of the fine-tune, else 1", min=0)]
 Lr = Annotated[float | None, _tuned("learning rate, else 0.01")]
 Optimizer = Annotated[str | None, one_of(RECOVERY, "the optimizer, else the first", OPTIMIZERS)]
@@ -110,11 +112,11 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = "channel",
-    multiple: Multiple = 1, floor: Floor = 0.05, epochs: Epochs = None, lr: Lr = None,
+    multiple: Multiple = 1, floor: Floor = 0.05, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
-    """The main job: trace, score, plan, apply, fit, export and report.  Interrupted, the same command goes on."""
+    """The main job: trace, score, plan, apply, repair, fit, export and report.  Interrupted, the same command goes on."""
     budget = limits(params, bytes, macs)
     task = load_recipe(recipe, _pairs(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
@@ -127,6 +129,7 @@ def compress(
         "score": {**scoring, **common},
         "plan": {**budget, "per": per, "multiple": multiple, "floor": floor},
         "apply": common,
+        "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
         "export": {"threads": threads, "batches": list(BATCHES)},
         "report": {},
@@ -193,6 +196,14 @@ def apply(folder: Folder, seed: Seed = 0, threads: Threads = 1) -> None:
     """Make the plan so, verify it against the masked original, and re-estimate batch-normalisation statistics."""
     with _continued(folder) as (run, task):
         _done(run, task, "apply", {"seed": seed, "threads": threads})
+
+
+@app.command()
+@explained()
+def repair(folder: Folder, examples: Examples = EXAMPLES, seed: Seed = 0, threads: Threads = 1) -> None:
+    """Refit what is left, layer by layer, to what the original computes on calibration examples; no training."""
+    with _continued(folder) as (run, task):
+        _done(run, task, "repair", {"examples": examples, "seed": seed, "threads": threads})
 
 
 @app.command()

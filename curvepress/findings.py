@@ -18,6 +18,7 @@ from .plan import Plan
 from .runs import Entry, Run
 
 PRUNED = {"format": "curvepress pruned", "version": 1}
+REPAIRED = {"format": "curvepress repaired", "version": 1}
 HISTORY = {"format": "curvepress history", "version": 1}
 LATENCY = {"format": "curvepress latency", "version": 1}
 
@@ -26,7 +27,7 @@ def gathered(desk: Desk) -> reports.Report:
     """The report of a run; the test split is looked at here, and only here."""
     recipe, plan, run = desk.recipe, desk.plan(), desk.run
     pruned, history = read_json(desk.path("pruned.json"), PRUNED), read_json(desk.path("history.json"), HISTORY)
-    latency = read_json(desk.path("latency.json"), LATENCY)
+    latency, repaired = read_json(desk.path("latency.json"), LATENCY), read_json(desk.path("repaired.json"), REPAIRED)
     test = {
         "original": recipe.metrics(desk.original(), "test"),
         "recovered": recipe.metrics(desk.compressed("model.safetensors"), "test"),
@@ -37,7 +38,7 @@ def gathered(desk: Desk) -> reports.Report:
         scores=load_scores(run.folder),
         before=cost(Plan(plan.structure)),
         after=cost(plan),
-        metrics={**pruned["validation"], "recovered": history["validation"]},
+        metrics={**pruned["validation"], **repaired["validation"], "recovered": history["validation"]},
         test=test,
         frontier=tuple(reports.Point(**p) for p in pruned["frontier"]),
         history=tuple(reports.Epoch(e["epoch"], e["loss"], e["metrics"]) for e in history["epochs"]),

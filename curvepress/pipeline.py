@@ -25,12 +25,13 @@ from .costs import Cost, cost
 from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
-from .findings import HISTORY, LATENCY, PRUNED, figures, gathered
+from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
 from .planner import at_most, frontier, search
 from .recipe import Recipe, check
+from .repairing import repair
 from .runs import PLAN, RECIPE, Entry, Run, finish, is_done, objections, require, scratch
 from .scores import LOSS_UNIT, Scores, predicted_rise, score
 from .settings import descent
@@ -167,8 +168,26 @@ def _mean_loss(desk: Desk, model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / sum(map(batch_size, batches))
 
 
+def _repair(desk: Desk, settings: Settings) -> None:
+    """The pruned model refitted to the original, or, with no examples, as it was."""
+    recipe, small = desk.recipe, desk.compressed("pruned.safetensors")
+    facts: dict[str, Any] = {"validation": {}, "layers": [], "left": {}, "examples": 0, "bytes": 0}
+    if settings["examples"]:
+        batches, tell = recipe.batches("calibration", seed=settings["seed"]), partial(desk.progress, "layers")
+        try:
+            made = repair(small, desk.original(), batches, desk.plan(), examples=settings["examples"], progress=tell)
+        except ValueError as error:
+            raise ValueError(f"{recipe.name}: {error}; go on without repair with `compress --repair-examples 0`") from error
+        small, layers = made.model, [asdict(layer) for layer in made.layers]
+        desk.note("; ".join(f"{name} is left as it was: {why}" for name, why in made.left.items()))
+        metrics = {"repaired": recipe.metrics(small, "validation")}
+        facts = {"validation": metrics, "layers": layers, "left": made.left, "examples": made.examples, "bytes": made.bytes}
+    save(small, desk.path("repaired.safetensors"))
+    write_text(desk.path("repaired.json"), dumps({**REPAIRED, **facts}))
+
+
 def _fit(desk: Desk, settings: Settings) -> None:
-    recipe, start = desk.recipe, desk.compressed("pruned.safetensors")
+    recipe, start = desk.recipe, desk.compressed("repaired.safetensors")
     teacher = desk.original() if settings["distill"] else None
     fitted = fit(
         start,
@@ -220,6 +239,7 @@ STAGES: Mapping[str, Stage] = {
     "score": _score,
     "plan": _plan,
     "apply": _apply,
+    "repair": _repair,
     "fit": _fit,
     "export": _export,
     "report": _report,
@@ -297,7 +317,7 @@ def _ways_out(run: Run, found: Sequence[str]) -> str:
     usual = "choose another folder, or add --again to do it again, and all that follows from it"
     edited = any(f.startswith(PLAN) for f in found)
     return (
-        f"{usual}; or go on from the plan as it is now, stage by stage: curvepress apply {run.folder}, then fit, export and report"
+        f"{usual}; or go on from the plan as it is now, stage by stage: curvepress apply {run.folder}, then repair, fit, export and report"
         if edited
         else usual
     )

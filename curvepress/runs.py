@@ -41,10 +41,11 @@ FLOWS: Mapping[str, Flow] = {
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
     "plan": Flow(("structure.json", *_SCORES), (PLAN,)),
     "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
-    "fit": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("model.safetensors", "history.json")),
+    "repair": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("repaired.safetensors", "repaired.json")),
+    "fit": Flow((_ORIGINAL, "structure.json", PLAN, "repaired.safetensors"), ("model.safetensors", "history.json")),
     "export": Flow((_ORIGINAL, "structure.json", PLAN, "model.safetensors"), ("original.onnx", "model.onnx", "latency.json")),
     "report": Flow(
-        (_ORIGINAL, "structure.json", PLAN, *_SCORES, "pruned.json", "model.safetensors", "history.json", "latency.json"),
+        (_ORIGINAL, "structure.json", PLAN, *_SCORES, "pruned.json", "repaired.json", "model.safetensors", "history.json", "latency.json"),
         ("report.json", "metrics.json", "report.html"),
     ),
 }

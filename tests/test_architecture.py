@@ -48,6 +48,8 @@ TABLE = {
     "bitwidths": "curvature objective quantized quantizer",
     "allocation": "bitwidths packing quantized",
     "requantization": "objective quantizer rounding quantized",
+    "stepping": "objective graphs quantized",
+    "repairing": "objective plan quantized stepping",
     "report": "structure plan costs scores",
     "artifacts": "structure plan curvature scores tracing surgery files",
     "recipe_files": "",

@@ -23,7 +23,15 @@ from curvepress.plan import from_json, to_json
 from curvepress.runs import FLOWS
 
 TINY = Path(__file__).parent / "tiny_recipe.py"
-RESULTS = ("original.safetensors", "scores.safetensors", "plan.json", "pruned.safetensors", "model.safetensors", "history.json")
+RESULTS = (
+    "original.safetensors",
+    "scores.safetensors",
+    "plan.json",
+    "pruned.safetensors",
+    "repaired.safetensors",
+    "model.safetensors",
+    "history.json",
+)
 COMMANDS = tuple(FLOWS)
 
 
@@ -158,7 +166,7 @@ def test_an_edited_plan_is_carried_out_and_never_overwritten_unasked(first: Path
     edited = type(plan)(plan.structure, {**plan.keep, "0": (0, 1, 2)})
     (finished / "plan.json").write_text(to_json(edited))
     assert "pruned.safetensors is out of date: plan.json has changed since; run `curvepress apply" in refused("fit", finished)
-    for stage in ("apply", "fit", "export", "report"):
+    for stage in ("apply", "repair", "fit", "export", "report"):
         assert typed(stage, finished).code == 0
     restored = cli.Desk(cli.open_run(finished), cli.load_recipe(str(first.parent / "task.py"))).compressed("model.safetensors")
     assert restored[0].weight.shape == (3, 6)
@@ -424,7 +432,7 @@ def test_the_report_tells_the_threads_the_work_ran_on(finished: Path):
 def test_a_run_without_training_is_a_run(recipe: Path, tmp_path: Path, quick: None):
     assert typed(*compress(tmp_path / "run", recipe, "--epochs", "0", "--threads", "2")).code == 0
     assert cli.read_report(cli.open_run(tmp_path / "run")).environment["threads"] == "2"
-    small, pruned = ((tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "pruned.safetensors"))
+    small, pruned = ((tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "repaired.safetensors"))
     assert small == pruned
 
 

@@ -106,7 +106,7 @@ def test_a_plan_by_hand_is_read_whatever_it_stands_on(run: Run):
     require(run, "apply")
     with pytest.raises(ValueError, match=r"pruned.safetensors is out of date: plan.json has changed since; run `curvepress apply"):
         require(run, "fit")
-    run = done(run, "apply", text="anew")
+    run = done(done(run, "apply", text="anew"), "repair", text="anew")
     require(run, "fit")
     (run.folder / "plan.json").unlink()
     with pytest.raises(ValueError, match=r"plan.json is missing; run `curvepress plan"):

@@ -11,7 +11,7 @@ import curvepress
 def test_the_public_names_are_these_and_no_others() -> None:
     assert sorted(curvepress.__all__) == [
         "Cost", "Plan", "Scores", "Structure",
-        "apply", "at_most", "cost", "fit", "reestimate", "restore", "save", "score", "search", "to_onnx", "trace",
+        "apply", "at_most", "cost", "fit", "reestimate", "repair", "restore", "save", "score", "search", "to_onnx", "trace",
     ]  # fmt: skip
 
 
