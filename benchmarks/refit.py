@@ -26,13 +26,20 @@ def grams(model: nn.Module, batches: Batches, count: int) -> dict[str, Gram]:
     return found
 
 
-def refitted(model: nn.Module, plan: Plan, moments: Mapping[str, Gram]) -> nn.Module:
-    """The model, not yet cut, whose weights leave what the plan removes unread and make up for it with the other inputs."""
+def refitted(model: nn.Module, plan: Plan, moments: Mapping[str, Gram], *, zero: bool = False) -> nn.Module:
+    """The model, not yet cut, whose weights leave what the plan removes unread and make up for it with the other inputs.
+
+    With ``zero`` they do not make up for it.
+    """
     full, cut = deepcopy(model), edits(plan)
     own = dict(full.named_parameters())
     for name, weight in own.items():
-        if (name, 1) in cut and name in moments:
-            _refit(weight, own.get(name.removesuffix("weight") + "bias"), torch.as_tensor(cut[name, 1]), moments[name])
+        stays = torch.as_tensor(cut.get((name, 1), ()))
+        if (name, 1) in cut and zero:
+            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
+            weight.data[:, gone] = 0
+        elif (name, 1) in cut and name in moments:
+            _refit(weight, own.get(name.removesuffix("weight") + "bias"), stays, moments[name])
     return full
 
 
