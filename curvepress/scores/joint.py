@@ -26,9 +26,11 @@ def joint_rise(
     :func:`curvepress.curvature.estimate`.
 
     Raises:
-        ValueError: if nothing moves, there are fewer than two batches, or the curvature cannot be had.
+        ValueError: if nothing moves, the plan leaves out branches, there are fewer than two batches, or the curvature cannot be had.
     """
     weights = {n: p.detach() for n, p in model.named_parameters()}
+    if plan.skip and moves is None:
+        raise ValueError(f"joint_rise prices channels, and the plan leaves out the branch {plan.skip[0]!r}; measure that, or give moves")
     parts = tuple(Part(n, np.zeros((), dtype=int)) for n in moves) if moves is not None else tuple(_unread(plan, weights))
     if not parts:
         raise ValueError("the plan removes nothing and no moves were given, so there is no rise to predict; give a plan that cuts channels")
