@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import peer, records
+from benchmarks.refit import grams, refitted
 from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
@@ -35,16 +36,21 @@ from curvepress_recipes import cifar10 as recipe
 
 HERE = Path(__file__).parent / "results"
 FILE, MODELS = HERE / "cifar10.jsonl", Path("runs/benchmarks/cifar10")
-METHODS = ("random", "magnitude", "taylor", "hessian_trace", "mask_curvature")
-ESTIMATORS = {"hessian_trace": "hessian"}
+METHODS = ("random", "magnitude", "taylor", "hessian_trace", "mask_curvature", "reconstruction", "reconstruction, refitted")
+HOW = {
+    "hessian_trace": {"estimator": "hessian"},
+    "reconstruction": {"temperature": 4.0, "samples": 16},
+}
 """HAP's score is measured with HAP's estimator, Hutchinson's probes of the true Hessian."""
+REFITTED = ", refitted"
+"""Of what reads lost channels, by least squares on the calibration images, before the fine-tune."""
 PEER = "torch-pruning"
 EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
 MULTIPLES = (1, 4, 8, 16)
 
 
-def measure(depth: int, seeds: list[int], shares: list[float], methods: list[str]) -> None:
+def measure(depth: int, seeds: list[int], shares: list[float], methods: list[str], epochs: list[int]) -> None:
     """Prune, re-estimate, fine-tune and test whatever has no record yet."""
     model = recipe.model(depth=depth)
     records.once(FILE, {"depth": depth, "method": "original"}, lambda: _tested(model) | _sizes(model))
@@ -55,7 +61,7 @@ def measure(depth: int, seeds: list[int], shares: list[float], methods: list[str
         for share in shares:
             for method in methods:
                 key = {"depth": depth, "seed": seed, "share": share, "method": method}
-                missing = [e for e in EPOCHS if not _done({**key, "epochs": e})]
+                missing = [e for e in epochs if not _done({**key, "epochs": e})]
                 if missing:
                     _row(model, key, missing)
 
@@ -83,11 +89,13 @@ def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
     example = recipe.example()
     if key["method"] == PEER:
         return peer.prune(model, example, key["share"])
-    structure = trace(model, example)
+    structure, method = trace(model, example), key["method"].removesuffix(REFITTED)
     batches = recipe.batches("calibration", seed=key["seed"])
-    how = {"method": key["method"], "estimator": ESTIMATORS.get(key["method"], "auto"), "probes": PROBES}
-    scores = score(model, recipe.loss, batches, structure, samples=SAMPLES, seed=key["seed"], **how)
-    return apply(model, search(structure, scores, at_most(params=key["share"])), example)
+    how = {"method": method, "samples": SAMPLES, "probes": PROBES, "seed": key["seed"]} | HOW.get(method, {})
+    plan = search(structure, score(model, recipe.loss, batches, structure, **how), at_most(params=key["share"]))
+    if key["method"] != method:
+        model = refitted(model, plan, grams(model, batches, how["samples"]))
+    return apply(model, plan, example)
 
 
 def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:
@@ -194,10 +202,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, PEER])
+    parser.add_argument("--epochs", type=int, nargs="+", default=list(EPOCHS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "measure":
-        measure(options.depth, options.seeds, options.shares, options.methods)
+        measure(options.depth, options.seeds, options.shares, options.methods, options.epochs)
     else:
         {"latency": latency, "widths": widths, "table": table}[options.what]()
 
