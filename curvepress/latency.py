@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import ceil, isfinite
 from typing import Any
@@ -77,8 +77,8 @@ class Axis:
             return ((own[min(right, len(own) - 1)], 1.0),)
         low, high = own[right - 1], own[right]
         start, end = self.knots[low], self.knots[high]
-        if ceil(end / self.period) - ceil(start / self.period) > 1:  # steps in between that were not measured
-            width = min(ceil(width / self.period) * self.period, end)
+        if width % self.align == 0 and ceil(end / self.period) - ceil(start / self.period) > 1:  # steps in between that were not measured
+            start, width, end = (ceil(w / self.period) for w in (start, width, end))
         share = (width - start) / (end - start)
         return (low, 1 - share), (high, share)
 
@@ -140,15 +140,13 @@ class Table:
         return grid(out, into)
 
 
-def activations(tensors: Mapping[str, TensorSpec], table: Table) -> float:
-    """How many numbers the layers of the table make for one batch."""
-    made = (tensors[n].shape[layer.out] * _places(tensors[n], layer) for n, layer in table.layers.items())
+def activations(tensors: Mapping[str, TensorSpec], table: Table, of: Collection[str] | None = None) -> float:
+    """How many numbers the layers of the table, or some of them, make for one batch.
+
+    A layer makes each of its channels at as many places as one element of its weight has multiply-accumulates.
+    """
+    made = (tensors[n].shape[table.layers[n].out] * max(tensors[n].positions, 1) for n in (table.layers if of is None else of))
     return float(table.machine.batch * sum(made))
-
-
-def _places(spec: TensorSpec, layer: Layer) -> int:
-    """At how many places a layer makes each of its channels: the multiply-accumulates of one element of its weight."""
-    return max(spec.positions, 1)
 
 
 def layers_seconds(tensors: Mapping[str, TensorSpec], table: Table, bits: Mapping[str, int] | None = None) -> float:

@@ -28,6 +28,7 @@ TOGETHER = 32
 """Layers that are timed in one go: few enough not to crowd each other's weights out of the caches."""
 BLOCKS = 5
 """Blocks of an axis that are measured: all of a narrow layer, some of a wide one."""
+MOST_OF_IT = 0.7
 CLEAR = 0.05
 """Differences below this share are none."""
 
@@ -112,15 +113,12 @@ def _gain(line: Mapping[int, float], align: int) -> float:
 
 
 def _period(line: Mapping[int, float]) -> int:
-    """After which multiples the time rises in steps: 1 where it rises evenly."""
+    """The largest multiple after which most of the rise happens, in steps: 1 where it rises evenly or not at all."""
     widths = sorted(line)
-    rises = {w: line[after] / line[w] - 1 for w, after in pairwise(widths)}
-    means = {}
-    for p in PERIODS[1:]:
-        at, elsewhere = ([r for w, r in rises.items() if (w % p == 0) is here] for here in (True, False))
-        means[p] = float(np.median(at)) - float(np.median(elsewhere)) if at and elsewhere else 0.0
-    best = max(means.values(), default=0.0)
-    return min((p for p, m in means.items() if best > CLEAR and m >= 0.7 * best), default=1)
+    rises = {w: np.log(line[after] / line[w]) for w, after in pairwise(widths)}
+    total = sum(rises.values())
+    shares = {p: sum(r for w, r in rises.items() if w % p == 0) / total for p in PERIODS[1:]} if total > CLEAR else {}
+    return max((p for p, share in shares.items() if share >= MOST_OF_IT), default=1)
 
 
 def calibrated(table: Table, measured: Sequence[tuple[Tensors, float]]) -> Table:
