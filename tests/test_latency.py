@@ -11,17 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 from zoo import make
 
 from curvepress.blocks import hull
 from curvepress.costs import cost
+from curvepress.desk import Desk
 from curvepress.latency import Axis, Grid, Layer, Machine, Table, check_machine, model_seconds, table_from_json, table_to_json
+from curvepress.pipeline import check_budget, run_stage
 from curvepress.plan import Plan, tensors_after
 from curvepress.planner import at_most, search
+from curvepress.recipe import load_recipe
+from curvepress.runs import create
 from curvepress.scores import Scores
-from curvepress.stopwatch import Case, cached_table, calibrated, layers_of, measured_table, met, table_path
+from curvepress.settings import limits, timing
+from curvepress.stopwatch import RUNTIMES, Case, Runtime, cached_table, calibrated, layers_of, measured_table, met, table_path
 from curvepress.stopwatch.runtimes import kernel_seconds, machine
 from curvepress.structure import Group, Member, Structure, TensorSpec
+from curvepress.timetables import kept_promise
 from curvepress.tracing import trace
 
 HERE = Machine("a processor", "onnxruntime", "1.0", 1, 1)
@@ -170,19 +177,13 @@ def test_what_a_model_takes_besides_its_layers_is_found() -> None:
 
 
 def test_the_layers_of_a_model_by_name() -> None:
-    case = make("vgg")
+    case = make("mobilenet")
     structure = trace(case.model, *case.example)
     layers = layers_of(case.model, *case.example)
     products = [n for n, t in structure.tensors.items() if t.positions and t.kind == "parameter" and len(t.shape) > 1]
     assert sorted(layers) == sorted(products)
     assert {layer.kind for layer in layers.values()} == {"conv", "linear"}
-    depthwise = layers_of(*_example("depthwise")).values()
-    assert any(layer.depthwise for layer in depthwise)
-
-
-def _example(name: str) -> tuple:
-    case = make(name)
-    return case.model, *case.example
+    assert {n for n, layer in layers.items() if layer.depthwise} == {"depthwise.0.weight"}
 
 
 def test_a_profile_is_read_by_layer() -> None:
@@ -318,3 +319,71 @@ def test_runtimes_that_are_unknown_or_not_installed_are_refused(monkeypatch: pyt
 def test_a_grid_needs_all_its_times() -> None:
     with pytest.raises(ValueError, match="2 by 1 widths needs as many times"):
         Grid(Axis((1, 2)), Axis((1,)), ((1.0,),))
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A run of the tiny recipe whose runtime takes its layers' planted times, one and a fifth of them once they are a model."""
+
+    def list_of(ready: Sequence[float], *_: object) -> list[float]:
+        return list(ready)
+
+    def seconds(model: nn.Module) -> float:
+        return 1.2 * sum(m.in_features * m.out_features * 1e-6 for m in model.modules() if isinstance(m, nn.Linear))
+
+    runtime = Runtime(
+        "onnxruntime",
+        "onnxruntime",
+        lambda cases, *_: [c.out * c.into * 1e-6 for c in cases],
+        lambda m, *_: seconds(m),
+        lambda ready, *_: ready,
+    )
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", runtime)  # type: ignore[arg-type]
+    monkeypatch.setenv("CURVEPRESS_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(str(Path(__file__).parent / "tiny_recipe.py"), {})
+    (tmp_path / "run").mkdir()
+    run = create(tmp_path / "run", recipe.name, recipe.options)
+    run = run_stage(Desk(run, recipe), "trace", {"threads": 1}).run
+    scoring = {"method": "magnitude", "samples": 2, "reliability": None, "seconds": None,
+               "estimator": "auto", "precision": "full", "probes": 1,
+               "temperature": 1.0, "seed": 0, "threads": 1}  # fmt: skip
+    return Desk(run_stage(Desk(run, recipe), "score", scoring).run, recipe)
+
+
+ASKED = {"params": None, "bytes": None, "macs": None, "latency": 0.6, "runtime": "onnxruntime", "threads": 1, "batch": 1, "per": "latency",
+         "multiple": 1, "floor": 0.05}  # fmt: skip
+
+
+def test_the_plan_stage_keeps_a_latency_budget_and_the_table(small_run: Desk, tmp_path: Path) -> None:
+    said: list[str] = []
+    desk = Desk(small_run.run, small_run.recipe, note=said.append)
+    outcome = run_stage(desk, "plan", ASKED)
+    plan = desk.plan()
+    sizes = [len(plan.keep.get(g.name, range(g.size))) for g in plan.structure.free]
+    macs = [6 * sizes[0] + sizes[0] * sizes[1] + sizes[1] * 3, 6 * 12 + 12 * 12 + 12 * 3]
+    assert macs[0] / macs[1] == pytest.approx(0.6, abs=0.03)
+    assert any("asked 0.6 of the original" in s and "measured 0." in s for s in said)
+    assert len(list((tmp_path / "cache" / "latency").iterdir())) == 1
+    again: list[str] = []
+    run_stage(Desk(outcome.run, small_run.recipe, note=again.append), "plan", ASKED)
+    assert not any("measuring" in s for s in again)
+    assert kept_promise(Desk(outcome.run, small_run.recipe), desk.original(), desk.original())["measured"] == 1.0  # type: ignore[index]
+
+
+def test_a_latency_out_of_reach_is_said_before_scoring(small_run: Desk) -> None:
+    with pytest.raises(ValueError, match="no plan fits the budget .*latency .* ms"):
+        check_budget(small_run, {**ASKED, "latency": 0.01})
+    with pytest.raises(ValueError, match="already fits the budget"):
+        check_budget(small_run, {**ASKED, "latency": "900ms"})
+
+
+def test_latency_on_the_command_line() -> None:
+    assert limits(None, None, None, "60%")["latency"] == limits("0.5", None, None, "0.6")["latency"] == 0.6
+    assert limits(None, None, None, "0.8ms")["latency"] == "0.8ms"
+    assert "latency" not in limits("0.5", None, None)
+    for wrong in ("0", "-1ms", "150%", "2", "soon", "nan"):
+        with pytest.raises(ValueError, match="--latency must be a share"):
+            limits(None, None, None, wrong)
+    assert timing(None, "tflite", 1, 1) == {}
+    with pytest.raises(ValueError, match="got 'tflite'"):
+        timing("60%", "tflite", 1, 1)
