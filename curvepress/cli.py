@@ -32,7 +32,8 @@ from .recipe import Recipe, load_recipe
 from .repairing import EXAMPLES
 from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
-from .settings import QAT, bit_choice, limits, tuning
+from .settings import QAT, bit_choice, limits, timing, tuning
+from .stopwatch import RUNTIMES
 from .terminal import bars, complain, explained, hush, print_what_can_be, say, show_costs, show_groups, show_quantized, show_report, tell
 from .training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
@@ -77,7 +78,10 @@ MaxSeconds = Annotated[float | None, typer.Option(min=0, help="stop scoring afte
 Params = Annotated[str | None, _limit("parameters at most: a share (0.5 or 50%) of the original, or a number")]
 Bytes = Annotated[str | None, _limit("bytes of the stored tensors at most, likewise")]
 Macs = Annotated[str | None, _limit("multiply-accumulates at most, likewise")]
-Per = Annotated[str, one_of(BUDGET, "what a channel's score is divided by", PER)]
+Latency = Annotated[str | None, _limit("measured latency at most: a share of the original (0.6 or 60%), or a time (0.8ms)")]
+Runtime = Annotated[str, one_of(BUDGET, "the runtime whose latency is limited", RUNTIMES)]
+Batch = Annotated[int, typer.Option(min=1, help="examples a batch that latency is measured with", rich_help_panel=BUDGET)]
+Per = Annotated[str | None, one_of(BUDGET, "what a channel's score is divided by, else channel, or latency under a latency budget", PER)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
@@ -109,15 +113,16 @@ def _options(
 @explained()
 def compress(
     recipe: RecipeName, out: Out, params: Params = None, bytes: Bytes = None, macs: Macs = None, *,
+    latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1,
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
-    probes: Probes = 4, temperature: Temperature = 1.0, per: Per = "channel",
+    probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """The main job: trace, score, plan, apply, repair, fit, export and report.  Interrupted, the same command goes on."""
-    budget = limits(params, bytes, macs)
+    budget = {**limits(params, bytes, macs, latency), **timing(latency, runtime, batch, threads)}
     task = load_recipe(recipe, _pairs(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
@@ -127,7 +132,7 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "plan": {**budget, "per": per, "multiple": multiple, "floor": floor},
+        "plan": {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -138,7 +143,7 @@ def compress(
     with _started(out, task) as run:
         for stage in FLOWS:
             if stage == "score":
-                check_budget(run, settings["plan"])
+                check_budget(Desk(run, task, note=partial(_noted, "plan")), settings["plan"])
                 _estimate(run, task, settings)
             run = _kept(run, task, stage, settings[stage], again=again)
         show_report(read_report(run), out / "report.html")
@@ -181,10 +186,12 @@ def score(
 @explained()
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
-    per: Per = "channel", multiple: Multiple = 1, floor: Floor = 0.05,
+    latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1,
+    per: Per = None, multiple: Multiple = 1, floor: Floor = 0.05, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
-    settings = {**limits(params, bytes, macs), "per": per, "multiple": multiple, "floor": floor}
+    budget = {**limits(params, bytes, macs, latency), **timing(latency, runtime, batch, threads)}
+    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor}
     with _continued(folder) as (run, task):
         run = _done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))
@@ -269,6 +276,10 @@ def quantize(
                 check_choice(Desk(run, task), settings["choose"], in_float or [])
             run = _kept(run, task, stage, settings[stage], again=again)
         show_quantized(read_json(folder / "quantized.json", QUANTIZED), folder)
+
+
+def _usual(latency: str | None) -> str:
+    return "channel" if latency is None else "latency"
 
 
 def main() -> None:

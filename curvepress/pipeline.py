@@ -21,11 +21,12 @@ from . import curvature, quantization
 from . import report as reports
 from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
-from .costs import Cost, cost
+from .costs import Cost, cost, written
 from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
 from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
+from .latency import Table
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
@@ -37,6 +38,7 @@ from .scores import LOSS_UNIT, Scores, predicted_rise, score
 from .settings import descent
 from .structure import Structure
 from .surgery import applied
+from .timetables import kept_promise, table_of, timed_plan
 from .tracing import trace
 from .training import fit
 
@@ -95,35 +97,41 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 
 def _plan(desk: Desk, settings: Settings) -> None:
-    plan = _searched(load_structure(desk.path("structure.json")), load_scores(desk.run.folder), settings)
+    structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
+    if settings.get("latency") is None:
+        plan = _searched(structure, scores, settings)
+    else:
+        table = table_of(desk, settings)
+        plan = timed_plan(desk, settings, table, lambda limit: _searched(structure, scores, {**settings, "latency": limit}, table)).plan
     write_text(desk.path(PLAN), to_json(plan))
 
 
-def _searched(structure: Structure, scores: Scores, settings: Settings) -> Plan:
-    limits = {k: settings[k] for k in ("params", "bytes", "macs") if settings[k] is not None}
+def _searched(structure: Structure, scores: Scores, settings: Settings, table: Table | None = None) -> Plan:
+    limits = {k: settings[k] for k in ("params", "bytes", "macs", "latency") if settings.get(k) is not None}
     options = {k: settings[k] for k in ("per", "multiple", "floor")}
     try:
-        plan = search(structure, scores, at_most(**limits), **options)
+        plan = search(structure, scores, at_most(**limits), table=table, **options)
     except ValueError as error:
         percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
         raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
     if plan.empty:
-        whole = ", ".join(f"{v:,} {k}" for k, v in asdict(cost(plan)).items())
+        whole = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
         raise ValueError(
             f"the whole model ({whole}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less"
         )
     return plan
 
 
-def check_budget(run: Run, settings: Settings) -> None:
-    """See whether a plan can meet a budget, which does not depend on the scores.
+def check_budget(desk: Desk, settings: Settings) -> None:
+    """See whether a plan can meet a budget, which does not depend on the scores; for one of latency its table is measured now.
 
     Raises:
         ValueError: if none can, or the whole model does.
     """
-    structure = load_structure(run.folder / "structure.json")
+    structure = load_structure(desk.path("structure.json"))
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
-    _searched(structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings)
+    table = None if settings.get("latency") is None else table_of(desk, settings)
+    _searched(structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, table)
 
 
 def _apply(desk: Desk, settings: Settings) -> None:
@@ -213,7 +221,8 @@ def _export(desk: Desk, settings: Settings) -> None:
     timings = compare_latency(paths, [x.numpy() for x in inputs], threads=settings["threads"], batches=sizes)
     pairs = zip(timings[::2], timings[1::2], strict=True)
     facts = {"agreement": {n: asdict(a) for n, a in agreements.items()}, "latency": [asdict(_latency(*pair)) for pair in pairs]}
-    write_text(desk.path("latency.json"), dumps({**LATENCY, **facts}))
+    promise = kept_promise(desk, models["original"], models["model"])
+    write_text(desk.path("latency.json"), dumps({**LATENCY, **facts, **({"budget": promise} if promise else {})}))
 
 
 def _batch_sizes(agreements: Mapping[str, Agreement], wanted: Sequence[int]) -> tuple[int, ...]:
@@ -325,7 +334,7 @@ def _ways_out(run: Run, found: Sequence[str]) -> str:
 
 def _complete(recipe: Recipe, stage: str, settings: Settings) -> dict[str, Any]:
     """The settings with the fingerprint of the recipe's code, where the stage runs it."""
-    return {**settings} if stage == "plan" else {**settings, RECIPE: recipe.digest}
+    return {**settings} if stage == "plan" and settings.get("latency") is None else {**settings, RECIPE: recipe.digest}
 
 
 def costs(desk: Desk) -> tuple[Cost, Cost]:

@@ -39,7 +39,7 @@ _ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json
 FLOWS: Mapping[str, Flow] = {
     "trace": Flow((), (_ORIGINAL, "original.json", "structure.json")),
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
-    "plan": Flow(("structure.json", *_SCORES), (PLAN,)),
+    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,)),
     "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
     "repair": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("repaired.safetensors", "repaired.json")),
     "fit": Flow((_ORIGINAL, "structure.json", PLAN, "repaired.safetensors"), ("model.safetensors", "history.json")),

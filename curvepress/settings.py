@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .planner import milliseconds
 from .recipe import Recipe
+from .stopwatch import machine
 from .training import fit
 
 FIT: Mapping[str, Any] = {
@@ -27,16 +29,20 @@ QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9}
 """Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
 
 
-def limits(params: str | None, bytes: str | None, macs: str | None) -> dict[str, float | int | None]:
+def limits(params: str | None, bytes: str | None, macs: str | None, latency: str | None = None) -> dict[str, float | int | str | None]:
     """The budget by cost: a float is a share of the original (from 0.5 or 50%), an integer an absolute number.
+
+    An absolute latency stays the text that it is, such as ``0.8ms``; where latency has no limit, nothing is said of it.
 
     Raises:
         ValueError: if a limit is neither, or together they limit nothing.
     """
     given = {"params": params, "bytes": bytes, "macs": macs}
-    found = {name: None if text is None else _limit(name, text) for name, text in given.items()}
+    found: dict[str, float | int | str | None] = {name: None if text is None else _limit(name, text) for name, text in given.items()}
+    if latency is not None:
+        given, found = {**given, "latency": latency}, {**found, "latency": _latency(latency)}
     if all(v is None for v in found.values()):
-        raise ValueError("no budget is given; say how small, such as --params 0.5, --macs 40% or --bytes 100000")
+        raise ValueError("no budget is given; say how small, such as --params 0.5, --macs 40%, --bytes 100000 or --latency 60%")
     if all(v in (None, 1.0) for v in found.values()):
         said = " ".join(f"--{name} {text}" for name, text in given.items() if text is not None)
         raise ValueError(f"{said} is the whole model; ask for a share below 1, such as 0.5 or 50%, or for a number such as 100000")
@@ -88,6 +94,21 @@ def _text_of(file: Path) -> str:
         raise ValueError(f"--bits-file {file} cannot be read: {error}; give the bits.json of another run") from None
 
 
+def _latency(text: str) -> float | str:
+    """A share, or the text of an absolute limit, such as ``0.8ms``."""
+    share = text.strip().endswith("%")
+    try:
+        if text.strip().endswith("ms"):
+            milliseconds(text.strip())
+            return text.strip()
+        value = float(text.strip().removesuffix("%")) / (100 if share else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise ValueError(f"--latency must be a share above 0 and up to 1 (0.6 or 60%), or a time such as 0.8ms; got {text!r}")
+    return value
+
+
 def _limit(name: str, text: str) -> float | int:
     share = text.strip().endswith("%")
     try:
@@ -137,3 +158,15 @@ def _try(given: Mapping[str, Any]) -> None:
         raise ValueError(f"epochs must be 0 or more; got {given['epochs']}")
     with torch.random.fork_rng(devices=[]):
         fit(nn.Linear(1, 1), nn.MSELoss(), lambda seed: [], **{**given, "epochs": 0})
+
+
+def timing(latency: str | None, runtime: str, batch: int, threads: int) -> dict[str, Any]:
+    """The settings of a latency budget; none where there is none.
+
+    Raises:
+        ValueError: if the runtime is unknown or not installed.
+    """
+    if latency is None:
+        return {}
+    machine(runtime, threads, batch)
+    return {"runtime": runtime, "batch": batch, "threads": threads}

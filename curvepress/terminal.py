@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from . import report as reports
-from .costs import Cost
+from .costs import Cost, written
 from .desk import Progress as Show
 from .pipeline import Outcome
 from .structure import Group, Structure
@@ -112,9 +112,9 @@ def _may_be_cut(group: Group) -> str:
 def show_costs(before: Cost, after: Cost) -> None:
     """A table of the costs of the whole model and of a plan."""
     table = Table("", "original", "plan", "ratio")
-    for name, old in vars(before).items():
+    for name, old in before.known().items():
         new = getattr(after, name)
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
+        table.add_row(name, written(name, old), written(name, new), f"{new / old:.3f}" if old else "-")
     console.print(table)
 
 

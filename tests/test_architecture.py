@@ -22,7 +22,8 @@ TABLE = {
     "layers": "",
     "truncation": "",
     "plan": "structure implants",
-    "costs": "plan",
+    "latency": "structure",
+    "costs": "plan latency",
     "branches": "structure",
     "labelling": "structure algebra branches",
     "operators": "algebra labelling",
@@ -39,13 +40,15 @@ TABLE = {
     "grams": "objective tracing",
     "scores": "structure plan curvature objective grams",
     "alignment": "structure",
-    "planner": "structure plan costs scores alignment",
+    "blocks": "structure plan latency scores alignment",
+    "planner": "structure plan costs latency scores alignment blocks",
     "batchnorm": "objective",
     "depth": "structure plan costs objective masking tracing batchnorm planner",
     "checkpointing": "files",
     "training": "objective checkpointing",
     "quantized": "objective graphs quantizer packing",
     "export": "objective quantizer quantized",
+    "stopwatch": "structure plan costs planner latency graphs export files",
     "bitwidths": "curvature objective quantized quantizer",
     "allocation": "bitwidths packing quantized",
     "requantization": "objective quantizer rounding quantized",
@@ -56,8 +59,9 @@ TABLE = {
     "recipe_files": "",
     "recipe": "objective recipe_files",
     "runs": "plan files artifacts metering",
-    "settings": "recipe training",
+    "settings": "planner stopwatch recipe training",
     "desk": "structure objective plan artifacts recipe runs",
+    "timetables": "structure plan planner latency scores alignment blocks stopwatch surgery artifacts desk",
     "findings": "plan costs artifacts report desk runs",
     "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
     "bitwidths allocation requantization",
@@ -77,8 +81,21 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "alignment", "plan", "costs", "planner", "report", "algebra", "implants"}
-WRITERS = {"files", "artifacts", "packing", "checkpointing", "runs", "quantization", "pipeline", "export", "metering", "terminal", "cli"}
+WITHOUT_TORCH = {"structure", "latency", "alignment", "blocks", "plan", "costs", "planner", "report", "algebra", "implants"}
+WRITERS = {
+    "files",
+    "artifacts",
+    "packing",
+    "checkpointing",
+    "runs",
+    "quantization",
+    "pipeline",
+    "export",
+    "stopwatch",
+    "metering",
+    "terminal",
+    "cli",
+}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
 MODULE_MAKERS = {"layers", "rewriting", "quantized", "export"}
 

@@ -91,6 +91,12 @@ def faster(timing: Timing) -> bool | None:
     return False if timing.ratio.low > 1 else None
 
 
+def quickest(times: Sequence[float]) -> float:
+    """The mean of the quickest quarter: what a run takes when nothing disturbs it."""
+    ordered = np.sort(np.asarray(times))
+    return float(ordered[: max(1, len(ordered) // 4)].mean())
+
+
 def _readings(paths: Mapping[str, str | Path], threads: int, inputs: list[np.ndarray], rounds: int, seconds: float) -> np.ndarray:
     """Seconds per run ``[rounds, files, 2]``: wall-clock and processor."""
     files, start = list(paths.values()), time.perf_counter()

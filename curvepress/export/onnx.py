@@ -164,16 +164,25 @@ def _difference(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     return error, error / max(float(largest), float(np.finfo(np.float32).tiny))
 
 
-def open_session(path: str | Path, threads: int = 1) -> onnxruntime.InferenceSession:
-    """The file opened in ONNX Runtime on ``threads`` threads of the processor, which sleep while they wait."""
+def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
+    """Options for ``threads`` threads of the processor, which sleep while they wait."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def open_session(
+    model: str | Path | bytes, threads: int = 1, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
+    """A file, or the content of one, opened in ONNX Runtime on ``threads`` threads of the processor, or with other ``options``."""
+    given = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(given, options or session_options(threads), providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions share no public base
-        raise ValueError(f"{Path(path).name} cannot be opened in ONNX Runtime: {first_line(error)}") from error
+        name = "the model" if isinstance(model, bytes) else Path(model).name
+        raise ValueError(f"{name} cannot be opened in ONNX Runtime: {first_line(error)}") from error
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[Any]:
