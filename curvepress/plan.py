@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .bitplan import BitPlan, bits_from_dict, bits_to_dict, check_bits
 from .structure import Group, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
 
 VERSION = 2
@@ -17,7 +18,9 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """A structure, the channels that stay, by group, and the residual branches that are left out.  ``Plan(structure)`` changes nothing.
+    """A structure, the channels that stay, by group, the residual branches that are left out, and the bits of tensors.
+
+    ``Plan(structure)`` changes nothing.
 
     Raises:
         ValueError: if a group is unknown or frozen, its channels are repeated, out of range or none, or a branch is unknown:
@@ -27,6 +30,7 @@ class Plan:
     structure: Structure
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
+    bits: BitPlan | None = None
 
     def __post_init__(self) -> None:
         names = {g.name: g for g in self.structure.groups}
@@ -37,6 +41,8 @@ class Plan:
         branches = [b.name for b in self.structure.branches]
         if unknown := [name for name in self.skip if name not in branches]:
             raise ValueError(f"skip: no branch {unknown[0]!r}; the branches are {', '.join(branches) or 'none'}")
+        if self.bits is not None:
+            check_bits(self.bits, self.structure.tensors)
         object.__setattr__(self, "keep", {n: tuple(sorted(c)) for n, c in self.keep.items() if len(c) < names[n].size})
         object.__setattr__(self, "skip", tuple(name for name in branches if name in self.skip))
 
@@ -131,14 +137,9 @@ def _entries(first: int, site: int, rows: np.ndarray) -> np.ndarray:
 def to_json(plan: Plan) -> str:
     """The plan as JSON text that :func:`from_json` reads back to an equal plan."""
     keep = {name: [int(c) for c in channels] for name, channels in plan.keep.items()}
-    data = {
-        "format": "curvepress plan",
-        "version": VERSION,
-        "keep": keep,
-        "skip": list(plan.skip),
-        "structure": structure_to_dict(plan.structure),
-    }
-    return dumps(data)
+    data = {"format": "curvepress plan", "version": VERSION, "keep": keep, "skip": list(plan.skip)}
+    bits = {} if plan.bits is None else {"bits": bits_to_dict(plan.bits)}
+    return dumps({**data, **bits, "structure": structure_to_dict(plan.structure)})
 
 
 def from_json(text: str) -> Plan:
@@ -160,7 +161,8 @@ def from_json(text: str) -> Plan:
     skip = data.get("skip")
     if not isinstance(skip, list) or not all(isinstance(b, str) for b in skip):
         raise ValueError("this is not a plan: `skip` must be a list of branches")
-    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip))
+    bits = bits_from_dict(data["bits"]) if "bits" in data else None
+    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip), bits)
 
 
 def dumps(data: Any) -> str:
