@@ -29,9 +29,10 @@ from .pipeline import assist, check_budget, costs, keep_stage, run_stage
 from .planner import PER
 from .quantization import QUANTIZED, check_choice, source_files
 from .recipe import Recipe, load_recipe
-from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
+from .runs import FLOWS, PLAN, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
-from .settings import QAT, bit_choice, limits, tuning
+from .settings import QAT, bit_choice, bit_ranges, limits, tuning
+from .planning import given_bits
 from .terminal import bars, complain, explained, hush, print_what_can_be, say, show_costs, show_groups, show_quantized, show_report, tell
 from .training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
@@ -76,6 +77,13 @@ MaxSeconds = Annotated[float | None, typer.Option(min=0, help="stop scoring afte
 Params = Annotated[str | None, _limit("parameters at most: a share (0.5 or 50%) of the original, or a number")]
 Bytes = Annotated[str | None, _limit("bytes of the stored tensors at most, likewise")]
 Macs = Annotated[str | None, _limit("multiply-accumulates at most, likewise")]
+PlanBops = Annotated[str | None, _limit("bit operations at most, likewise")]
+PlanBits = Annotated[
+    str | None, typer.Option(help="bits that weights may have, such as 2-8: channels and bits in one plan", rich_help_panel=BUDGET)
+]
+PlanActivations = Annotated[str | None, typer.Option(help="with --bits: those that activations may have, else 8", rich_help_panel=BUDGET)]
+PriceExamples = Annotated[int, typer.Option(help="with --bits: examples their prices are averaged over", min=2, rich_help_panel=BUDGET)]
+QatEpochs = Annotated[int, typer.Option(help="with --bits: epochs of training quantized", min=0, rich_help_panel=RECOVERY)]
 Per = Annotated[str, one_of(BUDGET, "what a channel's score is divided by", PER)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
@@ -110,12 +118,15 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = "channel",
-    multiple: Multiple = 1, floor: Floor = 0.05, epochs: Epochs = None, lr: Lr = None,
+    multiple: Multiple = 1, floor: Floor = 0.05, bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
+    price_examples: PriceExamples = 512, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
-    distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
+    again: Again = False,
 ) -> None:  # fmt: skip
-    """The main job: trace, score, plan, apply, fit, export and report.  Interrupted, the same command goes on."""
-    budget = limits(params, bytes, macs)
+    """The main job: trace, score, plan, apply, fit, export and report; with --bits the result is quantized too.  Interrupted, the same
+    command goes on."""
+    budget, chosen = limits(params, bytes, macs, bops), bit_ranges(bits, activation_bits)
     task = load_recipe(recipe, _pairs(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
@@ -125,7 +136,8 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "plan": {**budget, "per": per, "multiple": multiple, "floor": floor},
+        "weigh": {"examples": price_examples, **common},
+        "plan": {**budget, "per": per, "multiple": multiple, "floor": floor, **chosen},
         "apply": common,
         "fit": {**tuning(task, recovery), **common},
         "export": {"threads": threads, "batches": list(BATCHES)},
@@ -135,10 +147,13 @@ def compress(
     with _started(out, task) as run:
         for stage in FLOWS:
             if stage == "score":
+                run = _kept(run, task, "weigh", settings["weigh"], again=again) if chosen else run
                 check_budget(run, settings["plan"])
                 _estimate(run, task, settings)
             run = _kept(run, task, stage, settings[stage], again=again)
         show_report(read_report(run), out / "report.html")
+        if chosen:
+            _quantized(run, task, {**settings["fit"], **QAT, "epochs": qat_epochs}, settings, again=again)
 
 
 @app.command()
@@ -287,6 +302,23 @@ def _assist(folder: Path, settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     run = open_run(folder)
     assist(Desk(run, load_recipe(run.recipe, run.options)), settings)
+
+
+def _quantized(run: Run, task: Recipe, training: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], *, again: bool) -> None:
+    """The compressed model with the bits of its plan, by the stages of `quantize`, in the same folder."""
+    common = {k: settings["fit"][k] for k in ("seed", "threads")}
+    price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [], **common}
+    free = dict.fromkeys(("bits", "average", "bytes", "bops"))
+    stages: dict[str, dict[str, Any]] = {
+        "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
+        "price": price,
+        "choose": {**free, "given": given_bits(Desk(run, task).plan()), "activations": [8], "target": "storage", "group": None, "dynamic": False},
+        "quantize": {**training, "rounding": "nearest", "ranges": "mse", "calibration": 512},
+        "deploy": {"batches": list(BATCHES), **common},
+    }  # fmt: skip
+    for stage in QUANTIZATION:
+        run = _kept(run, task, stage, stages[stage], again=again)
+    show_quantized(read_json(run.folder / "quantized.json", QUANTIZED), run.folder)
 
 
 def _pairs(given: list[str] | None, data: str | None) -> dict[str, str]:

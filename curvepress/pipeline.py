@@ -26,10 +26,12 @@ from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
 from .findings import HISTORY, LATENCY, PRUNED, figures, gathered
+from .joint import choose
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
 from .planner import at_most, frontier, search
+from .planning import joint_family, weighed
 from .recipe import Recipe, check
 from .runs import PLAN, RECIPE, Entry, Run, finish, is_done, objections, require, scratch
 from .scores import LOSS_UNIT, Scores, predicted_rise, score
@@ -94,14 +96,16 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 
 def _plan(desk: Desk, settings: Settings) -> None:
-    plan = _searched(load_structure(desk.path("structure.json")), load_scores(desk.run.folder), settings)
+    plan = _searched(desk.run, load_structure(desk.path("structure.json")), load_scores(desk.run.folder), settings)
     write_text(desk.path(PLAN), to_json(plan))
 
 
-def _searched(structure: Structure, scores: Scores, settings: Settings) -> Plan:
-    limits = {k: settings[k] for k in ("params", "bytes", "macs") if settings[k] is not None}
+def _searched(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Plan:
+    limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None}
     options = {k: settings[k] for k in ("per", "multiple", "floor")}
     try:
+        if settings.get("bits"):
+            return choose(joint_family(run, structure, scores, settings), at_most(**limits)).plan
         plan = search(structure, scores, at_most(**limits), **options)
     except ValueError as error:
         percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
@@ -122,7 +126,7 @@ def check_budget(run: Run, settings: Settings) -> None:
     """
     structure = load_structure(run.folder / "structure.json")
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
-    _searched(structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings)
+    _searched(run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings)
 
 
 def _apply(desk: Desk, settings: Settings) -> None:
@@ -219,6 +223,7 @@ STAGES: Mapping[str, Stage] = {
     "trace": _trace,
     "score": _score,
     "plan": _plan,
+    "weigh": weighed,
     "apply": _apply,
     "fit": _fit,
     "export": _export,

@@ -53,20 +53,12 @@ def _taken(paired: list[tuple[str, TensorSpec]], product: Product) -> str:
     return ""
 
 
-def bits_for(plan: Plan, what: Layout) -> Bits:
-    """The bits of a plan for the graph of its model.
+def bits_of_plan(plan: Plan) -> Bits:
+    """The bits of a plan for the graph of its model, which refuses those for what it does not have.
 
     Raises:
-        ValueError: if the plan has none, or they are for what the graph does not have.
+        ValueError: if the plan has none.
     """
     if plan.bits is None:
         raise ValueError("the plan has no bits; make one with --bits")
-    own = Bits(dict(plan.bits.weights), dict(plan.bits.activations), weight=None, product=None, sum=None)
-    known = {"weight": {w.name for w in what.weights}, "activation": {s.name for s in what.sites}}
-    for kind, names in (("weight", own.weights), ("activation", own.sites)):
-        if unknown := sorted(set(names) - known[kind]):
-            raise ValueError(
-                f"the plan has bits for the {kind} {unknown[0]!r}, which the compressed model does not have; it has "
-                f"{', '.join(sorted(known[kind]))}. Mend plan.json, or choose bits with `curvepress quantize`"
-            )
-    return own
+    return Bits(dict(plan.bits.weights), dict(plan.bits.activations), weight=None, product=None, sum=None)
