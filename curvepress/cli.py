@@ -20,20 +20,34 @@ from .curvature import ESTIMATORS
 from .curvature import PRECISIONS as PASSES
 from .curvature.workers import joined, workers
 from .desk import Desk
-from .files import alone_in
+from .files import alone_in, write_text
 from .findings import read_report
 from .metering import clock
 from .objective import batch_loss
 from .options import one_of
 from .pipeline import assist, check_budget, costs, keep_stage, run_stage
+from .plan import to_json
 from .planner import PER
 from .quantization import QUANTIZED, check_choice, source_files
 from .recipe import Recipe, load_recipe
 from .runs import FLOWS, PLAN, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
 from .settings import QAT, bit_choice, bit_ranges, limits, tuning
-from .planning import given_bits
-from .terminal import bars, complain, explained, hush, print_what_can_be, say, show_costs, show_groups, show_quantized, show_report, tell
+from .planning import drawn_frontier, given_bits, picked
+from .terminal import (
+    bars,
+    complain,
+    explained,
+    hush,
+    print_what_can_be,
+    say,
+    show_costs,
+    show_frontier,
+    show_groups,
+    show_quantized,
+    show_report,
+    tell,
+)
 from .training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
 app = typer.Typer(
@@ -243,6 +257,32 @@ def report(folder: Folder) -> None:
 
 @app.command()
 @explained()
+def frontier(
+    source: Annotated[str, typer.Argument(help="the folder of a run that has scores, or a recipe")],
+    out: Annotated[Path | None, typer.Option(help="the folder of the run of a recipe")] = None,
+    bits: PlanBits = "2-8", activation_bits: PlanActivations = None,
+    count: Annotated[int, typer.Option(min=2, help="points")] = 12,
+    measure: Annotated[bool, typer.Option("--measure", help="measure them on the validation split, without training")] = False,
+    pick: Annotated[int | None, typer.Option(help="write the plan of this point to plan.json")] = None,
+    whole: Annotated[list[str] | None, typer.Option(help="groups not to cut, by kind or name; * for all: bits alone")] = None, *,
+    multiple: Multiple = 1, floor: Floor = 0.05, price_examples: PriceExamples = 512, samples: Samples = 32, option: Options = None,
+    data: Data = None, seed: Seed = 0, threads: Threads = 1,
+) -> None:  # fmt: skip
+    """What every size costs: widths and bits along the frontier of bytes and predicted rise of the loss; a point can be picked."""
+    torch.set_num_threads(threads)
+    settings = {**bit_ranges(bits, activation_bits), "multiple": multiple, "floor": floor, "whole": whole or [], "seed": seed}
+    with _scored(source, out, _pairs(option, data), {"samples": samples, "seed": seed, "threads": threads}) as (run, task):
+        run = _kept(run, task, "weigh", {"examples": price_examples, "seed": seed, "threads": threads}, again=True)
+        with bars("frontier") as show:
+            choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
+        show_frontier(found["points"], found["original"], run.folder)
+        if pick is not None:
+            write_text(run.folder / PLAN, to_json(picked(choices, pick)))
+            say(f"plan: {run.folder / PLAN}; go on with curvepress apply {run.folder}, then fit, and quantize")
+
+
+@app.command()
+@explained()
 def quantize(
     source: options.Source, out: options.Into = None, bits: options.Uniform = None, average: options.Average = None,
     bytes: options.PackedBytes = None, bops: options.Bops = None, bits_file: options.BitsFile = None, *,
@@ -319,6 +359,24 @@ def _quantized(run: Run, task: Recipe, training: Mapping[str, Any], settings: Ma
     for stage in QUANTIZATION:
         run = _kept(run, task, stage, stages[stage], again=again)
     show_quantized(read_json(run.folder / "quantized.json", QUANTIZED), run.folder)
+
+
+@contextmanager
+def _scored(source: str, out: Path | None, given: dict[str, str], scoring: Mapping[str, Any]) -> Iterator[tuple[Run, Recipe]]:
+    """The run of a folder, which must have scores, or a new one of a recipe, which gets them."""
+    if Path(source).is_dir():
+        with _continued(Path(source)) as (run, task):
+            require(run, "plan")
+            yield run, task
+        return
+    if out is None:
+        raise ValueError(f"say where the result goes: curvepress frontier {source} --out FOLDER")
+    task = load_recipe(source, given)
+    scores = {"method": "mask_curvature", "reliability": None, "seconds": None, "estimator": "auto", "precision": "full", "probes": 4,
+              "temperature": 1.0, **scoring}  # fmt: skip
+    with _started(out, task) as run:
+        run = _kept(run, task, "trace", {"threads": scoring["threads"]}, again=False)
+        yield _kept(run, task, "score", scores, again=False), task
 
 
 def _pairs(given: list[str] | None, data: str | None) -> dict[str, str]:

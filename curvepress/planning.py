@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .alignment import Shape
-from .artifacts import load_structure, read_json
+from .artifacts import load_scores, load_structure, read_json
 from .batchnorm import reestimate
 from .bitplan import Multiplication, Wiring
 from .bitwidths import bit_prices, prices_from_dict, prices_to_dict
@@ -16,9 +16,10 @@ from .costs import cost
 from .curvature import Stop
 from .desk import Desk
 from .files import write_text
-from .joint import Bitwidths, Choice, Exchange, Family, family, joint_problem
+from .joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
 from .plan import Plan, dumps
 from .quantized import Bits, calibrate, quantize
+from .report import picture
 from .runs import Run
 from .scores import Scores
 from .structure import Structure
@@ -85,9 +86,26 @@ def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, fl
     return dict(recipe.metrics(small, "validation"))
 
 
-def frontier_text(points: list[dict[str, Any]], whole: Plan) -> str:
-    """The frontier as JSON."""
-    return dumps({**FRONTIER, "original": asdict(cost(whole)), "points": points})
+def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool) -> tuple[list[Choice], dict[str, Any]]:
+    """The frontier of a run by bytes, and the same as data, which is written to ``frontier.json`` and drawn in ``frontier.svg``."""
+    structure = load_structure(desk.path("structure.json"))
+    choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
+    points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
+    data = {"original": asdict(cost(Plan(structure))), "points": points}
+    write_text(desk.path("frontier.json"), dumps({**FRONTIER, **data}))
+    write_text(desk.path("frontier.svg"), picture(points, data["original"]))
+    return choices, data
+
+
+def picked(choices: list[Choice], number: int) -> Plan:
+    """The plan of a point of the frontier, by its number in the table.
+
+    Raises:
+        ValueError: if there is no such point.
+    """
+    if not 1 <= number <= len(choices):
+        raise ValueError(f"--pick {number}: the points of this frontier are 1 to {len(choices)}")
+    return choices[number - 1].plan
 
 
 def given_bits(plan: Plan) -> str:
