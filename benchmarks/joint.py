@@ -6,8 +6,8 @@
     python -m benchmarks.joint table
 
 Bytes are those of the content of the packed file, as shares of the float model's.  ``prune, then bits`` cuts half of the parameters
-first.  Recovery is the same for all: so many batches in float, then as many quantized (what is not quantized trains in float again), with the
-original as the teacher.  Accuracy is that on the test images, which no choice looks at.  Needs the data of the recipe ``cifar10``.
+first.  Recovery is the same for all: so many batches in float, then as many quantized (what is not quantized trains in float again),
+with the original as the teacher.  Accuracy is that on the test images, which no choice looks at.  Needs the data of the recipe ``cifar10``.
 """
 
 from __future__ import annotations
@@ -74,10 +74,8 @@ def planned(method: str, share: float, depth: int, batches: int) -> Plan:
     limit = {"bytes": int(share * cost(Plan(structure)).bytes)}
     if method == "prune, then bits":
         first = search(structure, scores, at_most(params=0.5))
-        bits = search_jointly(
-            after(first), scores_of(after(first)), prices, wired, at_most(**limit), shape=Shape(whole=("*",))
-        ).plan.bits
-        return Plan(structure, first.keep, bits)
+        bits = search_jointly(after(first), scores_of(after(first)), prices, wired, at_most(**limit), shape=Shape(whole=("*",))).plan.bits
+        return Plan(structure, first.keep, bits=bits)
     given: dict[str, Any] = {
         "joint": {},
         "joint, exchanged": {"exchange": Exchange(**rates(depth, batches))},
@@ -102,7 +100,10 @@ def rates(depth: int, batches: int) -> dict[str, float]:
 def _rates(depth: int, batches: int) -> records.Record:
     model, structure, scores, prices, wired = priced(depth)
     before, probes = _loss(model), []
-    for kind, shares, given in (("channels", (0.7, 0.4), {"bits": Bitwidths((FLOAT,))}), ("weights", (0.1, 0.08), {"shape": Shape(whole=("*",))})):
+    for kind, shares, given in (
+        ("channels", (0.7, 0.4), {"bits": Bitwidths((FLOAT,))}),
+        ("weights", (0.1, 0.08), {"shape": Shape(whole=("*",))}),
+    ):
         found = family(joint_problem(structure, scores, prices, wired, **given))
         for share in shares:
             choice = choose(found, at_most(bytes=share))
@@ -117,9 +118,10 @@ def _loss(model: nn.Module) -> float:
 
 
 def made(plan: Plan, depth: int, batches: int, label: str = "") -> nn.Module:
-    """The network of a plan after recovery."""
+    """The network of a plan after recovery; its statistics are re-estimated where that helps on calibration images."""
     model, x = priced(depth)[0], recipe.example()
-    small = reestimate(apply(model, plan, x), recipe.batches("calibration", seed=0))
+    cut = apply(model, plan, x)
+    small = min((cut, reestimate(cut, recipe.batches("calibration", seed=0))), key=_loss)
     small = _trained(small, model, batches, 0.01, 0).eval()
     quantized = plan.bits is not None and any(plan.bits.weights.values())
     if quantized:
@@ -225,7 +227,11 @@ def table() -> None:
             own = [r for r in rows if r.get("what") == "planner" and (r["groups"], r["share"]) == (n, share)]
             if own:
                 gaps = [r["rise"] / r["bound"] - 1 for r in own if r.get("bound")]
-                shown = [f"{np.median(gaps):.1%}", f"{max(gaps):.1%}", f"{np.median([r['exact_cpu_seconds'] for r in own]):.1f}"] if gaps else ["–"] * 3
+                shown = (
+                    [f"{np.median(gaps):.1%}", f"{max(gaps):.1%}", f"{np.median([r['exact_cpu_seconds'] for r in own]):.1f}"]
+                    if gaps
+                    else ["–"] * 3
+                )
                 print(f"| {n:,} | {share:.0%} | {np.median([r['cpu_seconds'] for r in own]):.2f} | {' | '.join(shown)} |")
 
 

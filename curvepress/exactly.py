@@ -52,7 +52,9 @@ def exact(problem: Problem, limits: Mapping[str, float], seconds: float = 60.0) 
         raise ValueError("the exact plan takes one number of bits for all activations; allow one, such as 8")
     blocks = list(_blocks(problem))
     if (size := sum(len(b.combinations) for b in blocks)) > MOST:
-        raise ValueError(f"an exact plan would look at {size:,} combinations, more than {MOST:,}; hold widths to larger multiples, or allow fewer bits")
+        raise ValueError(
+            f"an exact plan would look at {size:,} combinations, more than {MOST:,}; hold widths to larger multiples, or allow fewer bits"
+        )
     return _solved(problem, blocks, limits, seconds)
 
 
@@ -90,7 +92,9 @@ def _block(problem: Problem, tensor: int, variables: list[tuple[str, int]]) -> _
 
 def _choices(problem: Problem, variable: tuple[str, int]) -> list[int]:
     kind, n = variable
-    return list(range(len(problem.ladders[n].widths))) if kind == "ladder" else np.flatnonzero(np.isfinite(problem.weights.rise[n])).tolist()
+    return (
+        list(range(len(problem.ladders[n].widths))) if kind == "ladder" else np.flatnonzero(np.isfinite(problem.weights.rise[n])).tolist()
+    )
 
 
 def _alone(problem: Problem, tensor: int, state: State) -> tuple[np.ndarray, float]:
@@ -102,7 +106,9 @@ def _alone(problem: Problem, tensor: int, state: State) -> tuple[np.ndarray, flo
     mine = a["p_tensor"] == tensor
     saved = (a["p_positions"] * (FLOAT**2 - factors[a["p_first"]] * factors[a["p_second"]]))[mine].sum()
     stored = np.ceil(size * problem.item_bytes(own)[tensor])
-    cost = np.array([size * a["parameter"][tensor], stored, size * a["positions"][tensor], size * (FLOAT**2 * a["positions"][tensor] - saved)])
+    cost = np.array(
+        [size * a["parameter"][tensor], stored, size * a["positions"][tensor], size * (FLOAT**2 * a["positions"][tensor] - saved)]
+    )
     which = np.flatnonzero(a["weight"] == tensor)
     if not len(which):
         return cost, 0.0
@@ -119,7 +125,10 @@ def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float],
     for v in own:
         first[v], count = count, count + max(_choices(problem, v)) + 1
     whole = count
-    rows, columns, values, sums = [], [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    sums: list[float] = []
 
     def row(at: list[int], terms: list[float], total: float) -> None:
         rows.extend([len(sums)] * len(at))
@@ -152,7 +161,9 @@ def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float],
         options={"time_limit": seconds, "mip_rel_gap": 1e-6},
     )  # fmt: skip
     if found.x is None:
-        raise ValueError(f"no choice within {', '.join(f'{k} {v:,.0f}' for k, v in limits.items())} was found in {seconds:g} s: {found.message}")
+        raise ValueError(
+            f"no choice within {', '.join(f'{k} {v:,.0f}' for k, v in limits.items())} was found in {seconds:g} s: {found.message}"
+        )
     state = problem.full()
     for (kind, n), start in first.items():
         chosen = [c for c in _choices(problem, (kind, n)) if found.x[start + c] > 0.5]

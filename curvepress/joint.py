@@ -23,6 +23,8 @@ from .tradeoffs import COSTS, Problem, State, options, problem
 
 SUM = 8
 """Bits of activations that residual sums read: fewer save no arithmetic."""
+WIDTHS = Shape()
+"""Any widths."""
 MIXES = 4
 """Steps in which the weights of several costs are tried."""
 
@@ -79,9 +81,9 @@ def joint_problem(
     prices: BitPrices,
     wiring: Wiring,
     *,
-    bits: Bitwidths = Bitwidths(),  # noqa: B008 - frozen
-    shape: Shape = Shape(),  # noqa: B008 - frozen
-    exchange: Exchange = Exchange(),  # noqa: B008 - frozen
+    bits: Bitwidths = Bitwidths(),
+    shape: Shape = WIDTHS,
+    exchange: Exchange = Exchange(),
 ) -> Problem:
     """All choices of widths and bits, with prices and costs.
 
@@ -222,9 +224,7 @@ def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:
     return budget(Cost(**known), whole)
 
 
-def search_jointly(
-    structure: Structure, scores: Scores, prices: BitPrices, wiring: Wiring, budget: Budget, **options: Any
-) -> Choice:
+def search_jointly(structure: Structure, scores: Scores, prices: BitPrices, wiring: Wiring, budget: Budget, **options: Any) -> Choice:
     """The gentlest plan of widths and bits that fits the budget; ``options`` are those of :func:`joint_problem`.
 
     Raises:
@@ -263,11 +263,10 @@ def exchange_rates(probes: Sequence[Probe]) -> Exchange:
 
 
 def frontier(family: Family, count: int = 12) -> list[Choice]:
-    """So many choices that no other candidate beats in both bytes and predicted rise, from the largest, evenly over the logarithm of bytes."""
+    """So many choices that no other candidate beats in both bytes and predicted rise, from the largest, in even ratios of bytes."""
     size, rise = family.costs[:, COSTS.index("bytes")], family.rises[:, :3].sum(axis=1)
     order = np.lexsort((rise, size))
     kept = order[rise[order] < np.concatenate([[np.inf], np.minimum.accumulate(rise[order])[:-1]])]
     marks = np.geomspace(size[kept].max(), size[kept].min(), count)
     picked = dict.fromkeys(int(kept[np.argmin(np.abs(size[kept] - m))]) for m in marks)
     return [family.choice(n) for n in picked]
-

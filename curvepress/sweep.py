@@ -134,7 +134,9 @@ def _slopes(problem: Problem, state: State, mix: np.ndarray) -> Slopes:
     return Slopes(channels, relief, *_bit_prices(problem, mix, elements, factors, each), problem.shares(elements))
 
 
-def _bit_prices(problem: Problem, mix: np.ndarray, elements: np.ndarray, factors: np.ndarray, each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _bit_prices(
+    problem: Problem, mix: np.ndarray, elements: np.ndarray, factors: np.ndarray, each: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """What every weight and activation costs at each of its bits."""
     a, count = problem.arrays, len(problem.weights.names)
     multiplied = np.bincount(a["p_first"], each * factors[a["p_second"]], len(factors))
@@ -151,10 +153,15 @@ def _ordered(problem: Problem, start: State, end: State, s: Slopes) -> list[np.n
     a = problem.arrays
     steps = end.rungs - start.rungs
     index = np.repeat(np.arange(len(steps)), steps)
-    target = np.concatenate([np.zeros(0, np.int64), *(np.arange(r, e) + 1 for r, e in zip(start.rungs[steps > 0], end.rungs[steps > 0], strict=True))])
+    target = np.concatenate(
+        [np.zeros(0, np.int64), *(np.arange(r, e) + 1 for r, e in zip(start.rungs[steps > 0], end.rungs[steps > 0], strict=True))]
+    )
     ratio = (a["price"][a["offset"][index] + target] - s.relief[index]) / np.maximum(s.channels[index], 1e-300)
     rows = [(np.zeros(len(index)), index, target, ratio)]
-    sides = ((problem.weights, start.weights, end.weights, s.weights), (problem.activations, start.activations, end.activations, s.activations))
+    sides = (
+        (problem.weights, start.weights, end.weights, s.weights),
+        (problem.activations, start.activations, end.activations, s.activations),
+    )
     for kind, side in enumerate(sides, 1):
         rows.append(_bit_moves(kind, *side, s.shares[kind - 1]))
     kinds, indices, targets, ratios = (np.concatenate(column) for column in zip(*rows, strict=True))

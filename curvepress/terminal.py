@@ -122,12 +122,12 @@ def show_frontier(points: Sequence[Mapping[str, Any]], original: Mapping[str, An
     """A table of the points of a frontier, and where its files are."""
     names = [k for k in ("bytes", "params", "macs", "bops") if k in original]
     metrics = list(points[0]["measured"] or {}) if points else []
-    table = Table("", *(Column(k, justify="right") for k in names), "predicted rise", "channels", "weights", "activations", *metrics)
+    columns = [*names, "predicted rise", *metrics]
+    table = Table("", *(Column(k, justify="right", no_wrap=True) for k in columns))
     for p in points:
         shares = [f"{p['cost'][k] / original[k]:.1%}" if original[k] else "-" for k in names]
-        parts = [f"{p['predicted'][k]:.2g}" for k in ("channels", "weights", "activations")]
         found = [f"{(p['measured'] or {})[m]:.4g}" for m in metrics]
-        table.add_row(str(p["number"]), *shares, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *parts, *found)
+        table.add_row(str(p["number"]), *shares, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *found)
     console.print(table)
     if metrics:
         say("measured on the validation split: pruned and rounded, nothing trained")

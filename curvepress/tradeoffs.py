@@ -36,7 +36,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What bits some tensors may have: ``levels[column]``, and ``rise`` and ``variance`` ``[tensors, columns]``, infinite where not allowed."""
+    """Bits some tensors may have: ``levels[column]``; ``rise`` (infinite where not allowed), ``variance`` ``[tensors, columns]``."""
 
     names: tuple[str, ...]
     levels: np.ndarray
@@ -75,7 +75,9 @@ class Problem:
 
     def full(self) -> State:
         """All channels, and for every tensor the most bits it may have."""
-        first = [np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in (self.weights, self.activations)]
+        first = [
+            np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in (self.weights, self.activations)
+        ]
         return State(np.zeros(len(self.ladders), np.int64), *first)
 
     def lengths(self, state: State) -> np.ndarray:
@@ -179,7 +181,9 @@ def problem(structure: Structure, ladders: Sequence[Ladder], weights: Options, a
         "scale": len(tensors) + np.arange(len(weights.names)),
     }
     copies = {(w, d): [len(tensors) + i for i, other in enumerate(extra) if other == (w, d)] for w, d in extra}
-    arrays |= _ladder_arrays(ladders) | _member_arrays(structure, ladders, number, copies) | _product_arrays(weights, activations, wiring, number)
+    arrays |= (
+        _ladder_arrays(ladders) | _member_arrays(structure, ladders, number, copies) | _product_arrays(weights, activations, wiring, number)
+    )
     return Problem(structure, tuple(ladders), weights, activations, wiring, arrays)
 
 
@@ -220,7 +224,8 @@ def _member_arrays(
     columns = list(zip(*members, strict=True)) or [(), (), ()]
     about = list(zip(*sites, strict=True)) or [(), (), (), ()]
     return {
-        "ladder": np.array(columns[0], dtype=np.int64), "site": np.array(columns[1], dtype=np.int64), "rows": np.array(columns[2], dtype=np.float64),
+        "ladder": np.array(columns[0], dtype=np.int64), "site": np.array(columns[1], dtype=np.int64),
+        "rows": np.array(columns[2], dtype=np.float64),
         "tensor": np.array(about[0], dtype=np.int64), "length": np.array(about[1], dtype=np.float64),
         "fixed": np.array(about[2], dtype=np.float64), "additive": np.array(about[3], dtype=bool),
     }  # fmt: skip
@@ -234,7 +239,9 @@ def _product_arrays(weights: Options, activations: Options, wiring: Wiring, numb
     def factor(name: str) -> int:
         return place.get(name, place.get(name.removesuffix(READ), last))
 
-    reads = [(acts[f], weights.names.index(p.tensor)) for p in wiring.products for f in p.factors if f in acts and p.tensor in weights.names]
+    reads = [
+        (acts[f], weights.names.index(p.tensor)) for p in wiring.products for f in p.factors if f in acts and p.tensor in weights.names
+    ]
     return {
         "p_tensor": np.array([number[p.tensor] for p in wiring.products], dtype=np.int64),
         "p_positions": np.array([p.positions for p in wiring.products], dtype=np.float64),

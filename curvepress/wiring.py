@@ -28,7 +28,9 @@ def wiring(model: nn.Module, structure: Structure, example: Tensor | Sequence[Te
     makers = {f"{w.rpartition('.')[0]}.bias".removeprefix("."): w for w in axes}
     biases = {n: makers[n] for n, t in added.items() if n in makers and t.shape == (structure.tensors[makers[n]].shape[axes[makers[n]]],)}
     constants = sum(t.numel() * t.element_size() for n, t in added.items() if n not in biases)
-    return Wiring(tuple(_products(what, structure)), axes, tuple(n for n in structure.tensors if n in stored - own.keys()), biases, constants)
+    return Wiring(
+        tuple(_products(what, structure)), axes, tuple(n for n in structure.tensors if n in stored - own.keys()), biases, constants
+    )
 
 
 def _products(what: Layout, structure: Structure) -> Iterator[Multiplication]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvepress.bitplan import Wiring
 from curvepress.bitwidths import BitPrices, Price, layout_of
 from curvepress.scores import LOSS_UNIT, Scores
 from curvepress.structure import Structure
@@ -68,7 +71,7 @@ def chain(widths: tuple[int, ...] = (4, 4, 4), seed: int = 0) -> tuple[nn.Module
     """Linear layers in a row."""
     torch.manual_seed(seed)
     sizes = (3, *widths, 2)
-    layers = [part for a, b in zip(sizes[:-1], sizes[1:], strict=True) for part in (nn.Linear(a, b), nn.Tanh())]
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers[:-1]).eval(), torch.randn(2, 3)
 
 
@@ -90,7 +93,7 @@ def drawn_prices(model: nn.Module, example: Tensor, seed: int = 0, widths: tuple
     return BitPrices(layout, priced([w.name for w in layout.weights]), priced([s.name for s in layout.sites]), "drawn")
 
 
-def everything(model: nn.Module, example: Tensor, seed: int = 0):
+def everything(model: nn.Module, example: Tensor, seed: int = 0) -> tuple[Structure, Scores, BitPrices, Wiring]:
     """Structure, scores, prices and wiring."""
     structure = trace(model, example)
     return structure, drawn_scores(structure, seed), drawn_prices(model, example, seed), wiring(model, structure, example)

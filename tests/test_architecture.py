@@ -18,8 +18,9 @@ TABLE = {
     "quantizer": "",
     "rounding": "quantizer",
     "packing": "quantizer files",
-    "plan": "structure",
-    "costs": "plan",
+    "bitplan": "",
+    "plan": "structure bitplan",
+    "costs": "structure plan bitplan",
     "branches": "structure",
     "labelling": "structure algebra branches",
     "operators": "algebra labelling",
@@ -42,6 +43,12 @@ TABLE = {
     "export": "objective quantizer quantized",
     "bitwidths": "curvature objective quantized quantizer",
     "allocation": "bitwidths packing quantized",
+    "wiring": "bitplan costs plan structure quantized",
+    "ladders": "structure scores alignment",
+    "tradeoffs": "structure plan costs bitplan ladders",
+    "sweep": "bitplan tradeoffs",
+    "exactly": "bitplan tradeoffs",
+    "joint": "structure plan costs scores alignment planner bitplan bitwidths ladders tradeoffs sweep",
     "requantization": "objective quantizer rounding quantized",
     "report": "structure plan costs scores",
     "artifacts": "structure plan curvature scores tracing surgery files",
@@ -53,12 +60,15 @@ TABLE = {
     "findings": "plan costs artifacts report desk runs",
     "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
     "bitwidths allocation requantization",
+    "planning": "structure plan costs scores alignment batchnorm bitplan bitwidths joint wiring curvature quantized surgery report "
+    "artifacts files runs desk",
     "options": "allocation bitwidths requantization",
-    "pipeline": "everything but terminal options cli",
+    "pipeline": "everything but terminal sessions options cli",
     "terminal": "structure costs report desk pipeline",
+    "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",
     "cli": "everything",
     "__main__": "cli",
-    "__init__": "everything but pipeline terminal options cli",
+    "__init__": "everything but pipeline terminal sessions options cli",
 }
 
 # Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
@@ -69,8 +79,35 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "alignment", "plan", "costs", "planner", "report", "algebra"}
-WRITERS = {"files", "artifacts", "packing", "checkpointing", "runs", "quantization", "pipeline", "export", "metering", "terminal", "cli"}
+WITHOUT_TORCH = {
+    "bitplan",
+    "ladders",
+    "tradeoffs",
+    "sweep",
+    "exactly",
+    "joint",
+    "structure",
+    "alignment",
+    "plan",
+    "costs",
+    "planner",
+    "report",
+    "algebra",
+}
+WRITERS = {
+    "files",
+    "artifacts",
+    "packing",
+    "checkpointing",
+    "runs",
+    "quantization",
+    "planning",
+    "pipeline",
+    "export",
+    "metering",
+    "terminal",
+    "cli",
+}
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
 MODULE_MAKERS = {"rewriting", "quantized", "export"}
 

@@ -66,7 +66,9 @@ def test_the_published_choices_are_found(case: dict[str, Any]) -> None:
         _limit_bops(program, given, limit(case, 16 * total, 64 * total))
     else:
         costs = {b: np.array(layers[f"latency_int{b}"]) for b in BITS}
-        terms = {i: float(costs[b][next(u for u in tied(case) if f"u{u[0]}" == name)].sum()) for i, (_, name, b) in enumerate(program.options)}
+        terms = {
+            i: float(costs[b][next(u for u in tied(case) if f"u{u[0]}" == name)].sum()) for i, (_, name, b) in enumerate(program.options)
+        }
         program.rows.append((terms, -np.inf, limit(case, costs[4].sum(), costs[8].sum())))
     bits = _solved(program, given)
     chosen = {**bits.weights, **bits.sites}

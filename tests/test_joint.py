@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from joint_zoo import attention, chain, everything, residual
 from safetensors import safe_open
 
@@ -78,7 +77,6 @@ def best_of_all(problem: Problem, limits: dict[str, float]) -> float:
 def test_the_exact_plan_is_the_best_of_all_and_the_sweep_is_near(seed: int) -> None:
     problem = joint_problem(*everything(*chain((4, 3), seed), seed), bits=Bitwidths((2, 4, 8), (8,)))
     whole = vars(cost(Plan(problem.structure)))
-    candidates = family(problem)
     for limits in ({"bytes": 0.45}, {"bytes": 0.6}, {"bytes": 0.7, "macs": 0.6}, {"params": 0.5}, {"bops": 0.02}):
         absolute = {k: v * whole[k] for k, v in limits.items()}
         best = best_of_all(problem, absolute)
@@ -87,8 +85,8 @@ def test_the_exact_plan_is_the_best_of_all_and_the_sweep_is_near(seed: int) -> N
         found = exact(problem, absolute)
         assert found.rise == pytest.approx(best, rel=1e-4)
         ours = choose(family(problem, tuple(limits)), at_most(**limits))
-        print(seed, limits, ours.predicted.rise / best - 1)
         assert best <= ours.predicted.rise * (1 + 1e-9)
+        assert ours.predicted.rise <= 2 * best
 
 
 @pytest.mark.parametrize("name", MODELS)

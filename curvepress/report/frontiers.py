@@ -16,7 +16,7 @@ from .scales import fit
 
 
 def picture(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) -> str:
-    """An SVG file: predicted rise of the loss with its standard error over the share of bytes, and the first measured metric if there is one."""
+    """An SVG file: predicted rise of the loss, with its standard error, over the share of bytes; and the first metric, where measured."""
     share = np.array([p["cost"]["bytes"] / original["bytes"] for p in points])
     rise, error = (np.array([p["predicted"][k] for p in points]) for k in ("rise", "stderr"))
     with style():
