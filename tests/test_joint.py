@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,21 @@ import pytest
 from joint_zoo import attention, chain, everything, residual
 from safetensors import safe_open
 
+from curvepress.alignment import Shape
+from curvepress.bitwidths import Price
 from curvepress.costs import cost
 from curvepress.exactly import exact
-from curvepress.joint import Bitwidths, choose, family, joint_problem
+from curvepress.joint import (
+    Bitwidths,
+    Exchange,
+    Probe,
+    choose,
+    exchange_rates,
+    family,
+    frontier,
+    joint_problem,
+    search_jointly,
+)
 from curvepress.plan import Plan, from_json, lost, tensors_after, to_json
 from curvepress.planner import at_most
 from curvepress.quantized import calibrate, packed, quantize
@@ -117,3 +130,57 @@ def test_the_predicted_rise_is_the_sum_of_its_parts() -> None:
         assert channels == pytest.approx(wanted)
         sizes = {n: np.prod(t.shape) / np.prod(structure.tensors[n].shape) for n, t in tensors_after(plan).items()}
         assert weights == pytest.approx(sum(prices.weights[n][b].rise * sizes[n] for n, b in plan.bits.weights.items()))
+
+
+def test_prices_that_are_not_numbers_and_budgets_out_of_reach_are_refused() -> None:
+    structure, scores, prices, wiring = everything(*chain())
+    (name,) = [g.name for g in structure.free][:1]
+    bad = replace(scores, values={**scores.values, name: scores.values[name] * np.nan})
+    with pytest.raises(ValueError, match=f"group '{name}' has the score nan; scores must be finite"):
+        joint_problem(structure, bad, prices, wiring, bits=BITS)
+    weights = {**prices.weights, "0.weight": {4: Price(float("nan"), 0.0)}}
+    with pytest.raises(ValueError, match=r"weight '0.weight' at 4 bits has the price nan"):
+        joint_problem(structure, scores, replace(prices, weights=weights), wiring, bits=BITS)
+    with pytest.raises(ValueError, match=r"0.weight may have 5 bits, but has prices for 2, 3, 4, 8, 32"):
+        joint_problem(structure, scores, prices, wiring, bits=Bitwidths((5,)))
+    with pytest.raises(ValueError, match="cannot be weighed against bits"):
+        joint_problem(structure, replace(scores, unit="relative"), prices, wiring, bits=BITS)
+    with pytest.raises(
+        ValueError, match=r"no plan fits .*bytes at most 10.*the smallest that widths and bits can make this model is: .*bytes"
+    ):
+        search_jointly(structure, scores, prices, wiring, at_most(bytes=10, macs=0.9), bits=BITS)
+
+
+def test_constraints_are_kept() -> None:
+    structure, scores, prices, wiring = everything(*residual())
+    bits = Bitwidths({n: (8,) if n == "stem.weight" else (2, 4) for n in prices.weights}, (8,))
+    problem = joint_problem(structure, scores, prices, wiring, bits=bits, shape=Shape(multiple=4, floor=0.5, whole=("stem",)))
+    candidates = family(problem)
+    smallest = problem.plan(candidates.state(len(candidates.stop) - 1))
+    assert smallest.bits is not None and smallest.bits.weights["stem.weight"] == 8 and set(smallest.bits.weights.values()) == {2, 8}
+    assert "stem" not in smallest.keep and smallest.keep
+    assert all(len(c) % 4 == 0 and len(c) >= structure[n].size / 2 for n, c in smallest.keep.items())
+
+
+def test_rates_of_exchange_are_measured_over_predicted() -> None:
+    probes = [Probe("channels", 2.0, 0.1), Probe("channels", 4.0, 0.2), Probe("weights", 1.0, -0.5)]
+    assert vars(exchange_rates(probes)) == pytest.approx({"channels": 0.05, "weights": 1e-3, "activations": 1.0})
+    with pytest.raises(ValueError, match="probes of 'heads' are unknown"):
+        exchange_rates([Probe("heads", 1.0, 1.0)])
+    with pytest.raises(ValueError, match="predict a rise of 0"):
+        exchange_rates([Probe("weights", 0.0, 1.0)])
+
+
+def test_rates_move_the_plan_towards_what_recovers() -> None:
+    given = everything(*residual())
+    cheap, dear = (
+        search_jointly(*given, at_most(bytes=0.3), bits=BITS, exchange=Exchange(channels=rate)).cost.params for rate in (1e-3, 1e3)
+    )
+    assert cheap < dear
+
+
+def test_the_frontier_falls_in_bytes_as_it_rises_in_loss() -> None:
+    points = frontier(family(joint_problem(*everything(*residual()), bits=BITS)), 6)
+    assert len(points) > 3
+    for one, other in pairwise(points):
+        assert one.cost.bytes > other.cost.bytes and one.predicted.rise < other.predicted.rise
