@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,21 +17,34 @@ from .curvature import ESTIMATORS
 from .curvature import PRECISIONS as PASSES
 from .curvature.workers import joined, workers
 from .desk import Desk
-from .files import alone_in
+from .files import write_text
 from .findings import read_report
-from .metering import clock
-from .objective import batch_loss
 from .options import one_of
-from .pipeline import assist, check_budget, costs, keep_stage, run_stage
+from .pipeline import assist, check_budget, costs
+from .plan import to_json
 from .planner import PER
-from .quantization import QUANTIZED, check_choice, source_files
-from .recipe import Recipe, load_recipe
+from .planning import drawn_frontier, picked
+from .quantization import QUANTIZED, check_choice
+from .recipe import load_recipe
 from .repairing import EXAMPLES
-from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
+from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
-from .settings import QAT, bit_choice, limits, timing, tuning
+from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
+from .settings import QAT, bit_choice, bit_ranges, limits, timing, tuning
 from .stopwatch import RUNTIMES
-from .terminal import bars, complain, explained, hush, print_what_can_be, say, show_costs, show_groups, show_quantized, show_report, tell
+from .terminal import (
+    bars,
+    complain,
+    explained,
+    hush,
+    print_what_can_be,
+    say,
+    show_costs,
+    show_frontier,
+    show_groups,
+    show_quantized,
+    show_report,
+)
 from .training import OPTIMIZERS, PRECISIONS, SCHEDULES
 
 app = typer.Typer(
@@ -82,6 +92,13 @@ Latency = Annotated[str | None, _limit("measured latency at most: a share of the
 Runtime = Annotated[str, one_of(BUDGET, "the runtime whose latency is limited", RUNTIMES)]
 Batch = Annotated[int, typer.Option(min=1, help="examples a batch that latency is measured with", rich_help_panel=BUDGET)]
 Per = Annotated[str | None, one_of(BUDGET, "what a channel's score is divided by, else channel, or latency under a latency budget", PER)]
+PlanBops = Annotated[str | None, _limit("bit operations at most, likewise")]
+PlanBits = Annotated[
+    str | None, typer.Option(help="bits that weights may have, such as 2-8: channels and bits in one plan", rich_help_panel=BUDGET)
+]
+PlanActivations = Annotated[str | None, typer.Option(help="with --bits: those that activations may have, else 8", rich_help_panel=BUDGET)]
+PriceExamples = Annotated[int, typer.Option(help="with --bits: examples their prices are averaged over", min=2, rich_help_panel=BUDGET)]
+QatEpochs = Annotated[int, typer.Option(help="with --bits: epochs of training quantized", min=0, rich_help_panel=RECOVERY)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
@@ -94,8 +111,6 @@ Milestones = Annotated[list[int] | None, _tuned("epoch after which the step sche
 WeightDecay = Annotated[float | None, _tuned("weight decay, else 0.0001")]
 Distill = Annotated[float | None, _tuned("weight of learning from the original model's outputs, else 0", min=0, max=1)]
 Precision = Annotated[str | None, one_of(RECOVERY, "precision of the arithmetic, else the first", PRECISIONS)]
-
-BATCHES = (1, 64)
 
 
 @app.callback(invoke_without_command=True)
@@ -117,13 +132,17 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
-    multiple: Multiple = 1, floor: Floor = 0.05, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
+    multiple: Multiple = 1, floor: Floor = 0.05, bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
+    price_examples: PriceExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
-    distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
+    again: Again = False,
 ) -> None:  # fmt: skip
-    """The main job: trace, score, plan, apply, repair, fit, export and report.  Interrupted, the same command goes on."""
-    budget = {**limits(params, bytes, macs, latency), **timing(latency, runtime, batch, threads)}
-    task = load_recipe(recipe, _pairs(option, data))
+    """The main job: trace, score, plan, apply, repair, fit, export and report; with --bits the result is quantized too.  Interrupted,
+    the same command goes on."""
+    budget = {**limits(params, bytes, macs, bops=bops, latency=latency), **timing(latency, runtime, batch, threads)}
+    chosen = bit_ranges(bits, activation_bits)
+    task = load_recipe(recipe, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
     common = {"seed": seed, "threads": threads}
@@ -132,7 +151,8 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "plan": {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor},
+        "weigh": {"examples": price_examples, **common},
+        "plan": {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, **chosen},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -140,13 +160,16 @@ def compress(
         "report": {},
     }
     torch.set_num_threads(threads)
-    with _started(out, task) as run:
+    with started(out, task) as run:
         for stage in FLOWS:
             if stage == "score":
-                check_budget(Desk(run, task, note=partial(_noted, "plan")), settings["plan"])
-                _estimate(run, task, settings)
-            run = _kept(run, task, stage, settings[stage], again=again)
+                run = kept(run, task, "weigh", settings["weigh"], again=again) if chosen else run
+                check_budget(Desk(run, task, note=partial(noted, "plan")), settings["plan"])
+                estimate(run, task, settings)
+            run = kept(run, task, stage, settings[stage], again=again)
         show_report(read_report(run), out / "report.html")
+        if chosen:
+            quantized_as_planned(run, task, {**settings["fit"], **QAT, "epochs": qat_epochs}, settings, again=again)
 
 
 @app.command()
@@ -154,9 +177,9 @@ def compress(
 def trace(recipe: RecipeName, out: Out, option: Options = None, data: Data = None, threads: Threads = 1) -> None:
     """Find which dimensions of the model must change together."""
     torch.set_num_threads(threads)
-    task = load_recipe(recipe, _pairs(option, data))
-    with _started(out, task) as run:
-        _done(run, task, "trace", {"threads": threads})
+    task = load_recipe(recipe, pairs_of(option, data))
+    with started(out, task) as run:
+        done(run, task, "trace", {"threads": threads})
         show_groups(load_structure(out / "structure.json"))
 
 
@@ -176,10 +199,10 @@ def score(
     if workers().rank:
         _assist(folder, settings)
         return
-    with _continued(folder) as (run, task):
+    with continued(folder) as (run, task):
         require(run, "score")
         workers().wait()
-        _done(run, task, "score", settings)
+        done(run, task, "score", settings)
 
 
 @app.command()
@@ -190,10 +213,10 @@ def plan(
     per: Per = None, multiple: Multiple = 1, floor: Floor = 0.05, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
-    budget = {**limits(params, bytes, macs, latency), **timing(latency, runtime, batch, threads)}
+    budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
     settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor}
-    with _continued(folder) as (run, task):
-        run = _done(run, task, "plan", settings)
+    with continued(folder) as (run, task):
+        run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))
 
 
@@ -201,16 +224,16 @@ def plan(
 @explained()
 def apply(folder: Folder, seed: Seed = 0, threads: Threads = 1) -> None:
     """Make the plan so, verify it against the masked original, and re-estimate batch-normalisation statistics."""
-    with _continued(folder) as (run, task):
-        _done(run, task, "apply", {"seed": seed, "threads": threads})
+    with continued(folder) as (run, task):
+        done(run, task, "apply", {"seed": seed, "threads": threads})
 
 
 @app.command()
 @explained()
 def repair(folder: Folder, examples: Examples = EXAMPLES, seed: Seed = 0, threads: Threads = 1) -> None:
     """Refit what is left, layer by layer, to what the original computes on calibration examples; no training."""
-    with _continued(folder) as (run, task):
-        _done(run, task, "repair", {"examples": examples, "seed": seed, "threads": threads})
+    with continued(folder) as (run, task):
+        done(run, task, "repair", {"examples": examples, "seed": seed, "threads": threads})
 
 
 @app.command()
@@ -223,25 +246,51 @@ def fit(
     """Fine-tune what is left; interrupted, the same command goes on from the last epoch."""
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
-    with _continued(folder) as (run, task):
-        _done(run, task, "fit", {**tuning(task, recovery), "seed": seed, "threads": threads})
+    with continued(folder) as (run, task):
+        done(run, task, "fit", {**tuning(task, recovery), "seed": seed, "threads": threads})
 
 
 @app.command()
 @explained()
 def export(folder: Folder, threads: Threads = 1) -> None:
     """Write ONNX files, compare them with the PyTorch models, and time them in ONNX Runtime."""
-    with _continued(folder) as (run, task):
-        _done(run, task, "export", {"threads": threads, "batches": list(BATCHES)})
+    with continued(folder) as (run, task):
+        done(run, task, "export", {"threads": threads, "batches": list(BATCHES)})
 
 
 @app.command()
 @explained()
 def report(folder: Folder) -> None:
     """Write the report: metrics.json and report.html."""
-    with _continued(folder) as (run, task):
-        run = _done(run, task, "report", {})
+    with continued(folder) as (run, task):
+        run = done(run, task, "report", {})
         show_report(read_report(run), folder / "report.html")
+
+
+@app.command()
+@explained()
+def frontier(
+    source: Annotated[str, typer.Argument(help="the folder of a run that has scores, or a recipe")],
+    out: Annotated[Path | None, typer.Option(help="the folder of the run of a recipe")] = None,
+    bits: PlanBits = "2-8", activation_bits: PlanActivations = None,
+    count: Annotated[int, typer.Option(min=2, help="points")] = 12,
+    measure: Annotated[bool, typer.Option("--measure", help="measure them on the validation split, without training")] = False,
+    pick: Annotated[int | None, typer.Option(help="write the plan of this point to plan.json")] = None,
+    whole: Annotated[list[str] | None, typer.Option(help="groups not to cut, by kind or name; * for all: bits alone")] = None, *,
+    multiple: Multiple = 1, floor: Floor = 0.05, price_examples: PriceExamples = 512, samples: Samples = 32, option: Options = None,
+    data: Data = None, seed: Seed = 0, threads: Threads = 1,
+) -> None:  # fmt: skip
+    """What every size costs: widths and bits along the frontier of bytes and predicted rise of the loss; a point can be picked."""
+    torch.set_num_threads(threads)
+    settings = {**bit_ranges(bits, activation_bits), "multiple": multiple, "floor": floor, "whole": whole or [], "seed": seed}
+    with with_scores(source, out, pairs_of(option, data), {"samples": samples, "seed": seed, "threads": threads}) as (run, task):
+        run = kept(run, task, "weigh", {"examples": price_examples, "seed": seed, "threads": threads}, again=True)
+        with bars("frontier") as show:
+            choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
+        show_frontier(found["points"], found["original"], run.folder)
+        if pick is not None:
+            write_text(run.folder / PLAN, to_json(picked(choices, pick)))
+            say(f"plan: {run.folder / PLAN}; go on with curvepress apply {run.folder}, then fit, and quantize")
 
 
 @app.command()
@@ -258,7 +307,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
     choice = bit_choice(bits, average, bytes, bops, bits_file, activations=activations or [8], target=target)
-    task, files, folder = _source(source, out, _pairs(option, data))
+    task, files, folder = source_of(source, out, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "distill": distill}
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
@@ -270,11 +319,11 @@ def quantize(
         "deploy": {"batches": list(BATCHES), **common},
     }  # fmt: skip
     torch.set_num_threads(threads)
-    with _started(folder, task) as run:
+    with started(folder, task) as run:
         for stage in QUANTIZATION:
             if stage == "price":
                 check_choice(Desk(run, task), settings["choose"], in_float or [])
-            run = _kept(run, task, stage, settings[stage], again=again)
+            run = kept(run, task, stage, settings[stage], again=again)
         show_quantized(read_json(folder / "quantized.json", QUANTIZED), folder)
 
 
@@ -309,93 +358,6 @@ def _assist(folder: Path, settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     run = open_run(folder)
     assist(Desk(run, load_recipe(run.recipe, run.options)), settings)
-
-
-def _pairs(given: list[str] | None, data: str | None) -> dict[str, str]:
-    """The options of a recipe; a data folder that exists is named in full, so that a run goes on from anywhere."""
-    pairs = [*(given or []), *([f"data={data}"] if data else [])]
-    for pair in pairs:
-        if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-            raise ValueError(f"--option must be name=value, such as depth=56; got {pair!r}")
-    options = dict(pair.split("=", 1) for pair in pairs)
-    if len(options) < len(pairs):
-        raise ValueError(f"an option of the recipe is given twice: {', '.join(pairs)}; give each once")
-    folder = Path(options.get("data", "")).expanduser()
-    return {**options, "data": str(folder.resolve())} if "data" in options and folder.exists() else options
-
-
-def _source(source: str, out: Path | None, given: dict[str, str]) -> tuple[Recipe, dict[str, str], Path]:
-    """The recipe of what is to be quantized, fingerprints of its files where it is a run, and the folder for the result."""
-    if not Path(source).is_dir():
-        if out is None:
-            raise ValueError(f"say where the result goes: curvepress quantize {source} --out FOLDER")
-        return load_recipe(source, given), {}, out
-    run = open_run(Path(source))
-    if given:
-        raise ValueError(f"{source} is the folder of a run, which has its recipe's options already; leave out --option and --data")
-    task = load_recipe(run.recipe, run.options)
-    return task, dict(source_files(Path(source))), out or Path(source) / "quantized"
-
-
-@contextmanager
-def _started(folder: Path, task: Recipe) -> Iterator[Run]:
-    """The run of a recipe in a folder, which is made if missing, alone there."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    with alone_in(folder):
-        run = create(folder, task.name, task.options)
-        sweep(folder)
-        yield run
-
-
-@contextmanager
-def _continued(folder: Path) -> Iterator[tuple[Run, Recipe]]:
-    """The run in a folder and its recipe, alone there."""
-    open_run(folder)
-    with alone_in(folder):
-        run = open_run(folder)
-        sweep(folder)
-        yield run, load_recipe(run.recipe, run.options)
-
-
-def _done(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any]) -> Run:
-    """The run after a stage that was asked for by its name: it is done, also if it was before."""
-    torch.set_num_threads(settings.get("threads", 1))
-    with bars(stage) as show:
-        outcome = run_stage(Desk(run, task, show, partial(_noted, stage)), stage, settings)
-    tell(stage, outcome)
-    return outcome.run
-
-
-def _kept(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any], *, again: bool) -> Run:
-    """The run after a stage, which is done unless it was before."""
-    with bars(stage) as show:
-        outcome = keep_stage(Desk(run, task, show, partial(_noted, stage)), stage, settings, again=again)
-    tell(stage, outcome)
-    return outcome.run
-
-
-def _noted(stage: str, what: str) -> None:
-    if what:
-        say(f"{stage:8} {what}")
-
-
-def _estimate(run: Run, task: Recipe, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say how long the recovery will take if it is still to be done, from the time of one training step."""
-    if "fit" in run.stages:
-        return
-    model = Desk(run, task).original()
-    seconds = [_step_seconds(model, task, batch) for batch in islice(task.batches("calibration"), 2)][-1]
-    epochs, batches = settings["fit"]["epochs"], task.batches("train")
-    passes = epochs * (1.35 if settings["fit"]["distill"] else 1)  # the teacher looks at every batch too
-    recovery = clock(passes * len(batches) * seconds) if isinstance(batches, Sized) else "unknown"
-    say(f"estimate {recovery} for the training steps of the recovery, on {torch.get_num_threads()} thread(s)")
-
-
-def _step_seconds(model: torch.nn.Module, task: Recipe, batch: Any) -> float:
-    start = time.perf_counter()
-    torch.autograd.grad(batch_loss(model, task.loss, batch), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

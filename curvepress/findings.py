@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def gathered(desk: Desk) -> reports.Report:
         plan=plan,
         scores=load_scores(run.folder),
         before=cost(Plan(plan.structure)),
-        after=cost(plan),
+        after=cost(replace(plan, bits=None)),
         metrics={**pruned["validation"], **repaired["validation"], "recovered": history["validation"]},
         test=test,
         frontier=tuple(reports.Point(**p) for p in pruned["frontier"]),

@@ -26,11 +26,13 @@ from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
 from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
+from .joint import choose
 from .latency import Table
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
 from .planner import at_most, frontier, search
+from .planning import joint_family, weighed
 from .recipe import Recipe, check
 from .repairing import repair
 from .runs import PLAN, RECIPE, Entry, Run, finish, is_done, objections, require, scratch
@@ -99,17 +101,23 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 def _plan(desk: Desk, settings: Settings) -> None:
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
     if settings.get("latency") is None:
-        plan = _searched(structure, scores, settings)
+        plan = _searched(desk.run, structure, scores, settings)
     else:
         table = table_of(desk, settings)
-        plan = timed_plan(desk, settings, table, lambda limit: _searched(structure, scores, {**settings, "latency": limit}, table)).plan
+
+        def within(limit: float) -> Plan:
+            return _searched(desk.run, structure, scores, {**settings, "latency": limit}, table)
+
+        plan = timed_plan(desk, settings, table, within).plan
     write_text(desk.path(PLAN), to_json(plan))
 
 
-def _searched(structure: Structure, scores: Scores, settings: Settings, table: Table | None = None) -> Plan:
-    limits = {k: settings[k] for k in ("params", "bytes", "macs", "latency") if settings.get(k) is not None}
+def _searched(run: Run, structure: Structure, scores: Scores, settings: Settings, table: Table | None = None) -> Plan:
+    limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
     options = {k: settings[k] for k in ("per", "multiple", "floor")}
     try:
+        if settings.get("bits"):
+            return choose(joint_family(run, structure, scores, settings), at_most(**limits)).plan
         plan = search(structure, scores, at_most(**limits), table=table, **options)
     except ValueError as error:
         percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
@@ -131,7 +139,7 @@ def check_budget(desk: Desk, settings: Settings) -> None:
     structure = load_structure(desk.path("structure.json"))
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
     table = None if settings.get("latency") is None else table_of(desk, settings)
-    _searched(structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, table)
+    _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, table)
 
 
 def _apply(desk: Desk, settings: Settings) -> None:
@@ -247,6 +255,7 @@ STAGES: Mapping[str, Stage] = {
     "trace": _trace,
     "score": _score,
     "plan": _plan,
+    "weigh": weighed,
     "apply": _apply,
     "repair": _repair,
     "fit": _fit,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import implants as implanting
+from .bitplan import BitPlan, bits_from_dict, bits_to_dict, check_bits
 from .implants import Implant
 from .structure import Group, Member, Site, Structure, TensorSpec, assemble, structure_from_dict, structure_to_dict
 
@@ -21,7 +22,8 @@ READABLE = (2, VERSION)
 
 @dataclass(frozen=True)
 class Plan:
-    """A structure, the channels that stay, by group, the residual branches that are left out, and implants, by the weight they replace.
+    """A structure, the channels that stay, by group, the residual branches that are left out, implants, by the weight they replace,
+    and the bits of tensors.
 
     ``Plan(structure)`` changes nothing.  Channels, of pointwise implants too, are numbered as in the structure; a rank is what is left
     after pruning.
@@ -35,6 +37,7 @@ class Plan:
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     implants: Mapping[str, Implant] = field(default_factory=dict)
+    bits: BitPlan | None = None
 
     def __post_init__(self) -> None:
         names = {g.name: g for g in self.structure.groups}
@@ -45,6 +48,8 @@ class Plan:
         branches = [b.name for b in self.structure.branches]
         if unknown := [name for name in self.skip if name not in branches]:
             raise ValueError(f"skip: no branch {unknown[0]!r}; the branches are {', '.join(branches) or 'none'}")
+        if self.bits is not None:
+            check_bits(self.bits, self.structure.tensors)
         object.__setattr__(self, "keep", {n: tuple(sorted(c)) for n, c in self.keep.items() if len(c) < names[n].size})
         object.__setattr__(self, "skip", tuple(name for name in branches if name in self.skip))
         if lost_with := sorted(set(self.implants) & dropped(self)):
@@ -176,6 +181,7 @@ def to_json(plan: Plan) -> str:
         "keep": keep,
         "skip": list(plan.skip),
         "implants": implanting.to_dict(plan.implants),
+        **({} if plan.bits is None else {"bits": bits_to_dict(plan.bits)}),
         "structure": structure_to_dict(plan.structure),
     }
     return dumps(data)
@@ -201,7 +207,8 @@ def from_json(text: str) -> Plan:
     if not isinstance(skip, list) or not all(isinstance(b, str) for b in skip):
         raise ValueError("this is not a plan: `skip` must be a list of branches")
     implants = implanting.from_dict(data.get("implants", {}))
-    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip), implants)
+    bits = bits_from_dict(data["bits"]) if "bits" in data else None
+    return Plan(structure_from_dict(data.get("structure", {})), {n: tuple(c) for n, c in keep.items()}, tuple(skip), implants, bits)
 
 
 def dumps(data: Any) -> str:

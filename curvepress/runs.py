@@ -33,13 +33,15 @@ class Flow:
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    maybe: tuple[str, ...] = ()
+    """Files that it reads where they are there."""
 
 
 _ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json")
 FLOWS: Mapping[str, Flow] = {
     "trace": Flow((), (_ORIGINAL, "original.json", "structure.json")),
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
-    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,)),
+    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,), maybe=("bit_prices.json",)),
     "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
     "repair": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("repaired.safetensors", "repaired.json")),
     "fit": Flow((_ORIGINAL, "structure.json", PLAN, "repaired.safetensors"), ("model.safetensors", "history.json")),
@@ -50,6 +52,8 @@ FLOWS: Mapping[str, Flow] = {
     ),
 }
 """The stages of the main job in their order."""
+WEIGHING: Mapping[str, Flow] = {"weigh": Flow((_ORIGINAL, "structure.json"), ("bit_prices.json",))}
+"""The stage that prices bits of the original model, where a plan is to have some."""
 _FLOAT = ("float.safetensors", "float.json")
 QUANTIZATION: Mapping[str, Flow] = {
     "load": Flow((), _FLOAT),
@@ -62,7 +66,7 @@ QUANTIZATION: Mapping[str, Flow] = {
     ),
 }
 """The stages of quantization, likewise."""
-_FLOWS = {**FLOWS, **QUANTIZATION}
+_FLOWS = {**FLOWS, **WEIGHING, **QUANTIZATION}
 _MAKER = {name: stage for stage, flow in _FLOWS.items() for name in flow.writes}
 
 
@@ -213,6 +217,8 @@ def command(run: Run, stage: str) -> str:
     """What to type to do a stage again."""
     if stage == "trace":
         return f"`curvepress trace {run.recipe} --out {run.folder}`"
+    if stage in WEIGHING:
+        return f"`curvepress frontier {run.folder}`"
     if stage in QUANTIZATION:
         return f"`curvepress quantize` with --out {run.folder} and --again"
     return f"`curvepress {stage} {run.folder}`"
@@ -221,7 +227,8 @@ def command(run: Run, stage: str) -> str:
 def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> Run:
     """Record a finished stage; its checkpoints are no longer needed."""
     flow = _FLOWS[stage]
-    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (flow.reads, flow.writes))
+    read = (*flow.reads, *(name for name in flow.maybe if (run.folder / name).is_file()))
+    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (read, flow.writes))
     stages = {**run.stages, stage: Entry(_plain(settings), inputs, outputs, asdict(taken))}
     run = replace(run, stages={name: stages[name] for name in _FLOWS if name in stages})
     _write(run)

@@ -29,7 +29,9 @@ QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9}
 """Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
 
 
-def limits(params: str | None, bytes: str | None, macs: str | None, latency: str | None = None) -> dict[str, float | int | str | None]:
+def limits(
+    params: str | None, bytes: str | None, macs: str | None, *, bops: str | None = None, latency: str | None = None
+) -> dict[str, float | int | str | None]:
     """The budget by cost: a float is a share of the original (from 0.5 or 50%), an integer an absolute number.
 
     An absolute latency stays the text that it is, such as ``0.8ms``; where latency has no limit, nothing is said of it.
@@ -37,7 +39,7 @@ def limits(params: str | None, bytes: str | None, macs: str | None, latency: str
     Raises:
         ValueError: if a limit is neither, or together they limit nothing.
     """
-    given = {"params": params, "bytes": bytes, "macs": macs}
+    given = {"params": params, "bytes": bytes, "macs": macs, **({"bops": bops} if bops is not None else {})}
     found: dict[str, float | int | str | None] = {name: None if text is None else _limit(name, text) for name, text in given.items()}
     if latency is not None:
         given, found = {**given, "latency": latency}, {**found, "latency": _latency(latency)}
@@ -47,6 +49,29 @@ def limits(params: str | None, bytes: str | None, macs: str | None, latency: str
         said = " ".join(f"--{name} {text}" for name, text in given.items() if text is not None)
         raise ValueError(f"{said} is the whole model; ask for a share below 1, such as 0.5 or 50%, or for a number such as 100000")
     return found
+
+
+def bit_ranges(bits: str | None, activations: str | None) -> dict[str, list[int]]:
+    """The bits that a plan may choose from, if any: ``4``, ``2-8`` or ``2,4,8``; activations have 8 where nothing else is asked.
+
+    Raises:
+        ValueError: if they are not from 2 to 8, or there are bits of activations alone.
+    """
+    if bits is None and activations is not None:
+        raise ValueError(f"--activation-bits {activations} needs --bits, those that weights may have, such as --bits 2-8")
+    return {} if bits is None else {"bits": _widths("bits", bits), "activation_bits": _widths("activation-bits", activations or "8")}
+
+
+def _widths(name: str, text: str) -> list[int]:
+    found: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdecimal() or not (high or low).isdecimal():
+            raise ValueError(f"--{name} must be like 4, 2-8 or 2,4,8; got {text!r}")
+        found |= {*range(int(low), int(high or low) + 1)}
+    if not found or min(found) < 2 or max(found) > 8:
+        raise ValueError(f"--{name} must be from 2 to 8 bits; got {text!r}")
+    return sorted(found)
 
 
 def bit_choice(

@@ -118,6 +118,22 @@ def show_costs(before: Cost, after: Cost) -> None:
     console.print(table)
 
 
+def show_frontier(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any], folder: Path) -> None:
+    """A table of the points of a frontier, and where its files are."""
+    names = [k for k in ("bytes", "params", "macs", "bops") if k in original]
+    metrics = list(points[0]["measured"] or {}) if points else []
+    columns = [*names, "predicted rise", *metrics]
+    table = Table("", *(Column(k, justify="right", no_wrap=True) for k in columns))
+    for p in points:
+        shares = [f"{p['cost'][k] / original[k]:.1%}" if original[k] else "-" for k in names]
+        found = [f"{(p['measured'] or {})[m]:.4g}" for m in metrics]
+        table.add_row(str(p["number"]), *shares, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *found)
+    console.print(table)
+    if metrics:
+        say("measured on the validation split: pruned and rounded, nothing trained")
+    say(f"files: {folder / 'frontier.json'}, {folder / 'frontier.svg'}")
+
+
 def show_quantized(facts: Mapping[str, Any], folder: Path) -> None:
     """What became of a quantized model: the bits with their reasons, then accuracy, size, kernels and latency."""
     table = Table(

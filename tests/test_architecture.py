@@ -21,9 +21,10 @@ TABLE = {
     "implants": "structure",
     "layers": "",
     "truncation": "",
-    "plan": "structure implants",
+    "bitplan": "",
+    "plan": "structure implants bitplan",
     "latency": "structure",
-    "costs": "plan latency",
+    "costs": "structure plan bitplan latency",
     "branches": "structure",
     "labelling": "structure algebra branches",
     "operators": "algebra labelling",
@@ -51,6 +52,12 @@ TABLE = {
     "stopwatch": "structure plan costs planner latency graphs export files",
     "bitwidths": "curvature objective quantized quantizer",
     "allocation": "bitwidths packing quantized",
+    "wiring": "bitplan costs plan structure quantized",
+    "ladders": "structure scores alignment",
+    "tradeoffs": "structure plan costs bitplan ladders",
+    "sweep": "bitplan tradeoffs",
+    "exactly": "bitplan tradeoffs",
+    "joint": "structure plan costs scores alignment planner bitplan bitwidths ladders tradeoffs sweep",
     "requantization": "objective quantizer rounding quantized",
     "stepping": "objective graphs quantized",
     "repairing": "objective plan quantized stepping",
@@ -65,12 +72,15 @@ TABLE = {
     "findings": "plan costs artifacts report desk runs",
     "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
     "bitwidths allocation requantization",
+    "planning": "structure plan costs scores alignment batchnorm bitplan bitwidths joint wiring curvature quantized surgery report "
+    "artifacts files runs desk",
     "options": "allocation bitwidths requantization",
-    "pipeline": "everything but terminal options cli",
+    "pipeline": "everything but terminal sessions options cli",
     "terminal": "structure costs report desk pipeline",
+    "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",
     "cli": "everything",
     "__main__": "cli",
-    "__init__": "everything but pipeline terminal options cli",
+    "__init__": "everything but pipeline terminal sessions options cli",
 }
 
 # Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
@@ -81,7 +91,24 @@ ONLY = {
     "importlib.util": {"recipe_files"},
     "__import__": set(),
 }
-WITHOUT_TORCH = {"structure", "latency", "alignment", "blocks", "plan", "costs", "planner", "report", "algebra", "implants"}
+WITHOUT_TORCH = {
+    "bitplan",
+    "implants",
+    "latency",
+    "blocks",
+    "ladders",
+    "tradeoffs",
+    "sweep",
+    "exactly",
+    "joint",
+    "structure",
+    "alignment",
+    "plan",
+    "costs",
+    "planner",
+    "report",
+    "algebra",
+}
 WRITERS = {
     "files",
     "artifacts",
@@ -89,6 +116,7 @@ WRITERS = {
     "checkpointing",
     "runs",
     "quantization",
+    "planning",
     "pipeline",
     "export",
     "stopwatch",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from curvepress import cli, files, pipeline
+from curvepress import cli, files, pipeline, sessions
 from curvepress import report as reports
 from curvepress.curvature import setup
 from curvepress.export import Agreement, Quartiles, Timing
@@ -543,8 +543,8 @@ def test_limits_that_limit_nothing_are_refused():
 def test_a_data_folder_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert cli._pairs(["depth=56"], "images") == {"depth": "56", "data": str(tmp_path / "images")}
-    assert cli._pairs(["data=s3://images"], None) == {"data": "s3://images"}
+    assert sessions.pairs_of(["depth=56"], "images") == {"depth": "56", "data": str(tmp_path / "images")}
+    assert sessions.pairs_of(["data=s3://images"], None) == {"data": "s3://images"}
 
 
 def test_files_that_take_one_batch_size_are_timed_at_it():

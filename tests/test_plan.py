@@ -49,6 +49,7 @@ def test_the_json_is_read_by_people() -> None:
     ("damage", "message"),
     [
         (lambda d: {**d, "version": 99}, "of version 2 or 3; got"),
+        (lambda d: {**d, "bits": {"weights": {}}}, "the bits of the plan are damaged"),
         (lambda d: {**d, "format": "x"}, "not a curvepress plan"),
         (lambda d: {**d, "keep": [1]}, "must map groups to lists"),
         (lambda d: {**d, "keep": {"features.0": [99]}}, r"in \[0, 6\)"),

@@ -1,0 +1,272 @@
+"""Widths and bits in one plan against either alone and one after the other, at the same bytes; and the planner's time and gap.
+
+    python -m benchmarks.joint measure                     # no training: minutes; resumes
+    python -m benchmarks.joint measure --batches 195       # half an epoch in float, then as much quantized; resumes after each plan
+    python -m benchmarks.joint planner                     # time and gap to the exact plan against the number of groups
+    python -m benchmarks.joint table
+
+Bytes are those of the content of the packed file, as shares of the float model's.  ``prune, then bits`` cuts half of the parameters
+first.  Recovery is the same for all: so many batches in float, then as many quantized (what is not quantized trains in float again),
+with the original as the teacher.  Accuracy is that on the test images, which no choice looks at.  Needs the data of the recipe ``cifar10``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import records
+from curvepress.alignment import Shape
+from curvepress.batchnorm import reestimate
+from curvepress.bitplan import FLOAT, Multiplication, Wiring
+from curvepress.bitwidths import BitPrices, Price, bit_prices
+from curvepress.costs import cost
+from curvepress.curvature import Stop
+from curvepress.exactly import exact
+from curvepress.joint import Bitwidths, Exchange, Probe, choose, exchange_rates, family, joint_problem, search_jointly
+from curvepress.plan import Plan, after
+from curvepress.planner import at_most, search
+from curvepress.quantized import Layout, Weight, calibrate, packed, quantize
+from curvepress.scores import LOSS_UNIT, Scores, score
+from curvepress.structure import Group, Member, Structure, TensorSpec
+from curvepress.surgery import apply
+from curvepress.tracing import trace
+from curvepress.training import fit
+from curvepress.wiring import bits_of_plan, wiring
+from curvepress_recipes import cifar10 as recipe
+
+FILE, MODELS = Path(__file__).parent / "results" / "joint.jsonl", Path("runs/benchmarks/joint")
+SHARES = (1 / 4, 1 / 8, 1 / 12, 1 / 16)
+METHODS = ("joint", "joint, exchanged", "prune", "bits", "prune, then bits")
+SIZES = (2, 4, 8, 16, 100, 1000, 10_000)
+EXACT = 16
+"""Groups up to which the exact plan is looked for."""
+PROBED = 8
+"""Calibration batches on which the loss is compared where rates of exchange are measured."""
+
+
+@lru_cache
+def priced(depth: int) -> tuple[nn.Module, Structure, Scores, BitPrices, Wiring]:
+    """The network, its structure, and all prices, from calibration images."""
+    model, x = recipe.model(depth=depth), recipe.example()
+    structure = trace(model, x)
+    scores = score(model, recipe.loss, recipe.batches("calibration", seed=0), structure, samples=16)
+    prices = bit_prices(model, recipe.loss, recipe.batches("calibration", seed=0), x, stop=Stop(examples=512))
+    return model, structure, scores, prices, wiring(model, structure, x)
+
+
+def planned(method: str, share: float, depth: int, batches: int) -> Plan:
+    """The plan of a method for a share of the bytes.
+
+    Raises:
+        ValueError: if it has none so small.
+    """
+    _, structure, scores, prices, wired = priced(depth)
+    limit = {"bytes": int(share * cost(Plan(structure)).bytes)}
+    if method == "prune, then bits":
+        first = search(structure, scores, at_most(params=0.5))
+        bits = search_jointly(after(first), scores_of(after(first)), prices, wired, at_most(**limit), shape=Shape(whole=("*",))).plan.bits
+        return Plan(structure, first.keep, bits=bits)
+    given: dict[str, Any] = {
+        "joint": {},
+        "joint, exchanged": {"exchange": Exchange(**rates(depth, batches))},
+        "prune": {"bits": Bitwidths((FLOAT,))},
+        "bits": {"shape": Shape(whole=("*",))},
+    }[method]
+    return search_jointly(structure, scores, prices, wired, at_most(**limit), **given).plan
+
+
+def scores_of(structure: Structure) -> Scores:
+    """None, for groups that stay as they are."""
+    zeros = {g.name: np.zeros(g.size) for g in structure.free}
+    return Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0)
+
+
+def rates(depth: int, batches: int) -> dict[str, float]:
+    """Rates of exchange, measured: channels alone and bits alone, after the recovery that the plans get."""
+    key = {"what": "rates", "depth": depth, "batches": batches}
+    return dict(records.once(FILE, key, lambda: _rates(depth, batches))["rates"])
+
+
+def _rates(depth: int, batches: int) -> records.Record:
+    model, structure, scores, prices, wired = priced(depth)
+    before, probes = _loss(model), []
+    for kind, shares, given in (
+        ("channels", (0.7, 0.4), {"bits": Bitwidths((FLOAT,))}),
+        ("weights", (0.1, 0.08), {"shape": Shape(whole=("*",))}),
+    ):
+        found = family(joint_problem(structure, scores, prices, wired, **given))
+        for share in shares:
+            choice = choose(found, at_most(bytes=share))
+            measured = _loss(made(choice.plan, depth, batches)) - before
+            probes.append(Probe(kind, getattr(choice.predicted, kind), measured))
+    return {"rates": vars(exchange_rates(probes)), "probes": [vars(p) for p in probes]}
+
+
+def _loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(np.mean([recipe.loss(model.eval()(x), y).item() for x, y in islice(recipe.batches("calibration", seed=7), PROBED)]))
+
+
+def made(plan: Plan, depth: int, batches: int, label: str = "") -> nn.Module:
+    """The network of a plan after recovery; its statistics are re-estimated where that helps on calibration images."""
+    model, x = priced(depth)[0], recipe.example()
+    cut = apply(model, plan, x)
+    small = min((cut, reestimate(cut, recipe.batches("calibration", seed=0))), key=_loss)
+    small = _trained(small, model, batches, 0.01, 0).eval()
+    quantized = plan.bits is not None and any(plan.bits.weights.values())
+    if quantized:
+        small = calibrate(quantize(small, bits_of_plan(plan), x), recipe.batches("calibration", seed=1), examples=512)
+    small = _trained(small, model, batches, 0.004 if quantized else 0.01, 1).eval()
+    if quantized and label:
+        MODELS.mkdir(parents=True, exist_ok=True)
+        packed.save(small, MODELS / f"{label}.safetensors")
+    return small
+
+
+def _trained(model: nn.Module, teacher: nn.Module, batches: int, lr: float, seed: int) -> nn.Module:
+    if not batches:
+        return model
+    some = lambda n: list(islice(recipe.batches("train", seed=n), batches))  # noqa: E731
+    return fit(model, recipe.loss, some, epochs=1, lr=lr, seed=seed, teacher=teacher, distill_weight=0.9, clip_norm=1.0).model
+
+
+def measure(depth: int, shares: list[float], methods: list[str], batches: int, images: int) -> None:
+    """Measure whatever has no record yet."""
+    for share in shares:
+        for method in methods:
+            key = {"depth": depth, "method": method, "share": round(share, 4), "batches": batches, "images": images, "seed": 0}
+            print(records.once(FILE, key, lambda s=share, m=method: _measured(m, s, depth, batches, images)), flush=True)
+
+
+def _measured(method: str, share: float, depth: int, batches: int, images: int) -> records.Record:
+    start = time.process_time()
+    try:
+        plan = planned(method, share, depth, batches)
+    except ValueError as reason:
+        return {"impossible": str(reason)}
+    label = f"resnet{depth}-{method}-{share:.4f}-{batches}".replace(", ", "-").replace(" ", "-")
+    module = made(plan, depth, batches, label)
+    file = MODELS / f"{label}.safetensors"
+    widths = [b for b in plan.bits.weights.values() if b] if plan.bits else []
+    return {
+        "accuracy": _accuracy(module, images), **vars(cost(plan)), "file": file.stat().st_size if file.exists() else None,
+        "mean_bits": float(np.mean(widths)) if widths else None, "cpu_seconds": time.process_time() - start,
+    }  # fmt: skip
+
+
+def _accuracy(model: nn.Module, images: int) -> float:
+    right = total = 0
+    with torch.inference_mode():
+        for x, y in recipe.batches("test", batch_size=250):
+            right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
+            if total >= images:
+                break
+    return round(100 * right / total, 3)
+
+
+def planner(sizes: list[int]) -> None:
+    """Time of the planner, and how far from the exact plan it is, on chains of layers drawn at random."""
+    for n in sizes:
+        for share in (0.2, 0.1, 0.06):
+            for seed in range(3 if n <= EXACT else 1):
+                key = {"what": "planner", "groups": n, "share": share, "seed": seed}
+                print(records.once(FILE, key, lambda n=n, share=share, seed=seed: _planner(n, share, seed)), flush=True)
+
+
+def _planner(n: int, share: float, seed: int) -> records.Record:
+    given, start = synthetic(n, seed), time.process_time()
+    problem = joint_problem(*given, bits=Bitwidths((2, 4, 8)), shape=Shape(multiple=4))
+    found = choose(family(problem), at_most(bytes=share))
+    record: records.Record = {"cpu_seconds": time.process_time() - start, "rise": found.predicted.rise}
+    if n <= EXACT:
+        start = time.process_time()
+        best = exact(problem, {"bytes": share * cost(Plan(given[0])).bytes}, seconds=60)
+        record |= {"exact": best.rise, "bound": best.bound, "exact_cpu_seconds": time.process_time() - start}
+    return record
+
+
+def synthetic(n: int, seed: int = 0, width: int = 16) -> tuple[Structure, Scores, BitPrices, Wiring]:
+    """A chain of ``n + 1`` convolutions with ``n`` groups between them; prices over several orders of magnitude."""
+    rng, names = np.random.default_rng(seed), [f"w{i}" for i in range(n + 1)]
+    shapes = [((width if i < n else 10), (width if i else 3), 3, 3) for i in range(n + 1)]
+    tensors = {w: TensorSpec(s, "float32", "parameter", int(rng.integers(1, 64))) for w, s in zip(names, shapes, strict=True)}
+    rows = np.arange(width)[:, None]
+    groups = tuple(
+        Group(f"g{i}", width, "channel", (Member(names[i], 0, rows, "out"), Member(names[i + 1], 1, rows, "in"))) for i in range(n)
+    )
+    values = {g.name: 10 ** rng.uniform(-3, 0) * rng.lognormal(0, 1, width) for g in groups}
+    steep = {w: 10 ** rng.uniform(-1, 1.5) for w in names}
+    prices = {w: {b: Price(steep[w] * 4.0**-b, 0.0) for b in (2, 4, 8)} for w in names}
+    wired = Wiring(tuple(Multiplication(w, tensors[w].positions, (w, "")) for w in names), dict.fromkeys(names, 0))
+    scores = Scores(values, {g: np.zeros(width) for g in values}, "drawn", LOSS_UNIT, 2, seed)
+    return Structure(tensors, groups), scores, BitPrices(_layout(names, tensors), prices, {}), wired
+
+
+def _layout(names: list[str], tensors: dict[str, TensorSpec]) -> Layout:
+    return Layout(tuple(Weight(w, tensors[w].shape, 0, 0) for w in names), (), ())
+
+
+def table() -> None:
+    """Print the tables in Markdown."""
+    rows = records.read(FILE)
+    for line in _accuracy_table([r for r in rows if "method" in r]):
+        print(line)
+    print("\n| groups | bytes | planner, CPU s | gap to exact, median | largest | exact, CPU s |\n|---|---|---|---|---|---|")
+    for n in SIZES:
+        for share in (0.2, 0.1, 0.06):
+            own = [r for r in rows if r.get("what") == "planner" and (r["groups"], r["share"]) == (n, share)]
+            if own:
+                gaps = [r["rise"] / r["bound"] - 1 for r in own if r.get("bound")]
+                shown = (
+                    [f"{np.median(gaps):.1%}", f"{max(gaps):.1%}", f"{np.median([r['exact_cpu_seconds'] for r in own]):.1f}"]
+                    if gaps
+                    else ["–"] * 3
+                )
+                print(f"| {n:,} | {share:.0%} | {np.median([r['cpu_seconds'] for r in own]):.2f} | {' | '.join(shown)} |")
+
+
+def _accuracy_table(rows: list[records.Record]) -> Iterator[str]:
+    yield "| network | bytes | batches of recovery | plan | test accuracy | bytes | file | mean bits | parameters | G BOPs |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for r in sorted(rows, key=lambda r: (r["depth"], r["batches"], -r["share"], METHODS.index(r["method"]))):
+        head = f"| ResNet-{r['depth']} | 1/{1 / r['share']:.0f} | {r['batches']} | {r['method']} |"
+        if "impossible" in r:
+            yield f"{head} none so small | | | | | |"
+            continue
+        file = f"{r['file']:,}" if r["file"] else "–"
+        bits = f"{r['mean_bits']:.2f}" if r["mean_bits"] else "32"
+        yield f"{head} {r['accuracy']:.2f} | {r['bytes']:,} | {file} | {bits} | {r['params']:,} | {r['bops'] / 1e9:.2f} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "planner", "table"))
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--batches", type=int, default=0)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    if o.what == "measure":
+        measure(o.depth, o.shares, o.methods, o.batches, o.images)
+    elif o.what == "planner":
+        planner(o.sizes)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

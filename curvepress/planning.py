@@ -1,0 +1,114 @@
+"""Plans of widths and bits from the files of a run: prices of bits of its original model, the family of plans, and the frontier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from .alignment import Shape
+from .artifacts import load_scores, load_structure, read_json
+from .batchnorm import reestimate
+from .bitplan import Multiplication, Wiring
+from .bitwidths import bit_prices, prices_from_dict, prices_to_dict
+from .costs import cost
+from .curvature import Stop
+from .desk import Desk
+from .files import write_text
+from .joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
+from .plan import Plan, dumps
+from .quantized import Bits, calibrate, quantize
+from .report import picture
+from .runs import Run
+from .scores import Scores
+from .structure import Structure
+from .surgery import applied
+from .wiring import bits_of_plan, wiring
+
+Settings = Mapping[str, Any]
+WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
+FRONTIER = {"format": "curvepress frontier", "version": 1}
+CALIBRATED = 512
+"""Examples that ranges of activations are found on where a point of the frontier is measured."""
+
+
+def weighed(desk: Desk, settings: Settings) -> None:
+    """The stage that prices all bits of the original model."""
+    recipe, model = desk.recipe, desk.original()
+    structure = load_structure(desk.path("structure.json"))
+    found = wiring(model, structure, recipe.inputs())
+    batches = recipe.batches("calibration", seed=settings["seed"])
+    show = lambda p: desk.progress("calibration batches", p.samples, p.wanted or p.samples)  # noqa: E731
+    prices = bit_prices(
+        model, recipe.loss, batches, recipe.inputs(), stop=Stop(examples=settings["examples"]), seed=settings["seed"], progress=show
+    )
+    desk.note(prices.detail)
+    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, "wiring": asdict(found), "prices": prices_to_dict(prices)}))
+
+
+def joint_family(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Family:
+    """All candidates for the budgets in the settings.
+
+    Raises:
+        ValueError: if the prices of bits are missing or damaged, or as :func:`~.joint.joint_problem` does.
+    """
+    data = read_json(run.folder / "bit_prices.json", WEIGHED)
+    w = data["wiring"]
+    products = tuple(Multiplication(p["tensor"], p["positions"], tuple(p["factors"])) for p in w["products"])
+    known = Wiring(products, w["axes"], tuple(w["gone"]), w["biases"], w["constants"])
+    problem = joint_problem(
+        structure, scores, prices_from_dict(data["prices"]), known,
+        bits=Bitwidths(settings["bits"], settings["activation_bits"]),
+        shape=Shape(settings["multiple"], settings["floor"], settings.get("whole", ()), settings.get("aligned", False)),
+        exchange=Exchange(**settings.get("exchange", {})),
+    )  # fmt: skip
+    return family(problem, [k for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None] or ["bytes"])
+
+
+def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: int) -> Iterator[dict[str, Any]]:
+    """The choices as data; measured, if asked, on the validation split without training: pruned, statistics re-estimated, rounded."""
+    for n, choice in enumerate(choices):
+        parts = asdict(choice.predicted) | {"rise": choice.predicted.rise}
+        measured = measured_without_training(desk, choice.plan, seed) if measure else None
+        desk.progress("plans", n + 1, len(choices))
+        yield {"number": n + 1, "cost": asdict(choice.cost), "predicted": parts, "measured": measured}
+
+
+def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, float]:
+    """Metrics of a plan on the validation split as it is made, with statistics re-estimated and everything rounded, nothing trained."""
+    recipe = desk.recipe
+    small = applied(desk.original(), plan, *recipe.inputs()).model
+    small = reestimate(small, recipe.batches("calibration", seed=seed)).eval()
+    if plan.bits is not None:
+        module = quantize(small, bits_of_plan(plan), recipe.inputs())
+        small = calibrate(module, recipe.batches("calibration", seed=seed + 1), examples=CALIBRATED).eval()
+    return dict(recipe.metrics(small, "validation"))
+
+
+def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool) -> tuple[list[Choice], dict[str, Any]]:
+    """The frontier of a run by bytes, and the same as data, which is written to ``frontier.json`` and drawn in ``frontier.svg``."""
+    structure = load_structure(desk.path("structure.json"))
+    choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
+    points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
+    data: dict[str, Any] = {"original": asdict(cost(Plan(structure))), "points": points}
+    write_text(desk.path("frontier.json"), dumps({**FRONTIER, **data}))
+    write_text(desk.path("frontier.svg"), picture(points, data["original"]))
+    return choices, data
+
+
+def picked(choices: list[Choice], number: int) -> Plan:
+    """The plan of a point of the frontier, by its number in the table.
+
+    Raises:
+        ValueError: if there is no such point.
+    """
+    if not 1 <= number <= len(choices):
+        raise ValueError(f"--pick {number}: the points of this frontier are 1 to {len(choices)}")
+    return choices[number - 1].plan
+
+
+def given_bits(plan: Plan) -> str:
+    """The bits of a plan as the stage that chooses bits takes them."""
+    bits: Bits = bits_of_plan(plan)
+    return json.dumps(json.loads(bits.to_json()))

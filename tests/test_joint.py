@@ -1,0 +1,186 @@
+"""Widths and bits in one plan: exact costs, budgets kept, and the best of all choices on small problems."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from joint_zoo import attention, chain, everything, residual
+from safetensors import safe_open
+
+from curvepress.alignment import Shape
+from curvepress.bitwidths import Price
+from curvepress.costs import cost
+from curvepress.exactly import exact
+from curvepress.joint import (
+    Bitwidths,
+    Exchange,
+    Probe,
+    choose,
+    exchange_rates,
+    family,
+    frontier,
+    joint_problem,
+    search_jointly,
+)
+from curvepress.plan import Plan, from_json, lost, tensors_after, to_json
+from curvepress.planner import at_most
+from curvepress.quantized import calibrate, packed, quantize
+from curvepress.scores import predicted_rise
+from curvepress.surgery import apply
+from curvepress.tradeoffs import COSTS, Problem, State
+from curvepress.wiring import bits_of_plan
+
+MODELS = {"residual": residual, "attention": attention, "chain": chain}
+BITS = Bitwidths((2, 3, 4, 8), (4, 8))
+
+
+def states(problem: Problem, count: int = 6, seed: int = 0) -> list[State]:
+    rng = np.random.default_rng(seed)
+    tops = [len(x.widths) for x in problem.ladders]
+    found = [problem.full()]
+    for _ in range(count):
+        sides = [[rng.choice(np.flatnonzero(np.isfinite(row))) for row in o.rise] for o in (problem.weights, problem.activations)]
+        rungs = np.array([rng.integers(0, t) for t in tops])
+        found.append(State(rungs, *(np.array(s, dtype=np.int64) for s in sides)))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_costs_in_arrays_are_those_of_the_plan(name: str) -> None:
+    problem = joint_problem(*everything(*MODELS[name]()), bits=BITS)
+    for state in states(problem):
+        plan = problem.plan(state)
+        assert dict(zip(COSTS, problem.costs(state).tolist(), strict=True)) == vars(cost(plan))
+        assert from_json(to_json(plan)) == plan
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_of_a_plan_are_those_in_the_packed_file(name: str, tmp_path: Path) -> None:
+    model, x = MODELS[name]()
+    problem = joint_problem(*everything(model, x), bits=BITS)
+    for state in states(problem, 3):
+        plan = problem.plan(state)
+        small = apply(model, plan, x)
+        module = quantize(small, bits_of_plan(plan), x)
+        packed.save(calibrate(module, [(x, x)]), tmp_path / "packed.safetensors")
+        with safe_open(tmp_path / "packed.safetensors", "pt") as file:
+            content = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        held = sum(t.numel() * t.element_size() for k, t in content.items() if k not in ("index", "digest"))
+        assert held == cost(plan).bytes
+
+
+def best_of_all(problem: Problem, limits: dict[str, float]) -> float:
+    """Every choice there is, one by one."""
+    ranges = [range(len(x.widths)) for x in problem.ladders]
+    columns = [np.flatnonzero(np.isfinite(row)) for o in (problem.weights, problem.activations) for row in o.rise]
+    found, split = np.inf, (len(ranges), len(ranges) + len(problem.weights.names))
+    for c in product(*ranges, *columns):
+        state = State(*(np.array(part, dtype=np.int64) for part in (c[: split[0]], c[split[0] : split[1]], c[split[1] :])))
+        costs = dict(zip(COSTS, problem.costs(state), strict=True))
+        if all(costs[k] <= v for k, v in limits.items()):
+            found = min(found, problem.rises(state)[:3].sum())
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_exact_plan_is_the_best_of_all_and_the_sweep_is_near(seed: int) -> None:
+    problem = joint_problem(*everything(*chain((4, 3), seed), seed), bits=Bitwidths((2, 4, 8), (8,)))
+    whole = vars(cost(Plan(problem.structure)))
+    for limits in ({"bytes": 0.45}, {"bytes": 0.6}, {"bytes": 0.7, "macs": 0.6}, {"params": 0.5}, {"bops": 0.02}):
+        absolute = {k: v * whole[k] for k, v in limits.items()}
+        best = best_of_all(problem, absolute)
+        if not np.isfinite(best):
+            continue
+        found = exact(problem, absolute)
+        assert found.rise == pytest.approx(best, rel=1e-4)
+        ours = choose(family(problem, tuple(limits)), at_most(**limits))
+        assert best <= ours.predicted.rise * (1 + 1e-9)
+        assert ours.predicted.rise <= 2 * best
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_fits_its_budget_and_a_looser_one_never_predicts_a_larger_rise(name: str) -> None:
+    problem = joint_problem(*everything(*MODELS[name]()), bits=BITS)
+    whole = cost(Plan(problem.structure))
+    for costs in (("bytes",), ("bops",), ("params",), ("bytes", "macs")):
+        candidates, last = family(problem, costs), np.inf
+        low = candidates.costs.min(axis=0)
+        for part in (0.0, 0.02, 0.1, 0.3, 0.6, 0.9):
+            limits = {c: int(low[COSTS.index(c)] + part * (getattr(whole, c) - low[COSTS.index(c)])) for c in costs}
+            try:
+                found = choose(candidates, at_most(**limits))
+            except ValueError:
+                assert part == 0.0 and len(costs) > 1
+                continue
+            assert all(getattr(found.cost, k) <= v for k, v in limits.items())
+            assert found.predicted.rise <= last
+            last = found.predicted.rise
+
+
+def test_the_predicted_rise_is_the_sum_of_its_parts() -> None:
+    structure, scores, prices, wiring = everything(*residual())
+    problem = joint_problem(structure, scores, prices, wiring, bits=BITS)
+    for state in states(problem):
+        plan, (channels, weights, _, _) = problem.plan(state), problem.rises(state).tolist()
+        wanted, _ = predicted_rise(scores, {g.name: lost(plan, g) for g in structure.free})
+        assert channels == pytest.approx(wanted)
+        sizes = {n: np.prod(t.shape) / np.prod(structure.tensors[n].shape) for n, t in tensors_after(plan).items()}
+        assert weights == pytest.approx(sum(prices.weights[n][b].rise * sizes[n] for n, b in plan.bits.weights.items()))
+
+
+def test_prices_that_are_not_numbers_and_budgets_out_of_reach_are_refused() -> None:
+    structure, scores, prices, wiring = everything(*chain())
+    (name,) = [g.name for g in structure.free][:1]
+    bad = replace(scores, values={**scores.values, name: scores.values[name] * np.nan})
+    with pytest.raises(ValueError, match=f"group '{name}' has the score nan; scores must be finite"):
+        joint_problem(structure, bad, prices, wiring, bits=BITS)
+    weights = {**prices.weights, "0.weight": {4: Price(float("nan"), 0.0)}}
+    with pytest.raises(ValueError, match=r"weight '0.weight' at 4 bits has the price nan"):
+        joint_problem(structure, scores, replace(prices, weights=weights), wiring, bits=BITS)
+    with pytest.raises(ValueError, match=r"0.weight may have 5 bits, but has prices for 2, 3, 4, 8, 32"):
+        joint_problem(structure, scores, prices, wiring, bits=Bitwidths((5,)))
+    with pytest.raises(ValueError, match="cannot be weighed against bits"):
+        joint_problem(structure, replace(scores, unit="relative"), prices, wiring, bits=BITS)
+    with pytest.raises(
+        ValueError, match=r"no plan fits .*bytes at most 10.*the smallest that widths and bits can make this model is: .*bytes"
+    ):
+        search_jointly(structure, scores, prices, wiring, at_most(bytes=10, macs=0.9), bits=BITS)
+
+
+def test_constraints_are_kept() -> None:
+    structure, scores, prices, wiring = everything(*residual())
+    bits = Bitwidths({n: (8,) if n == "stem.weight" else (2, 4) for n in prices.weights}, (8,))
+    problem = joint_problem(structure, scores, prices, wiring, bits=bits, shape=Shape(multiple=4, floor=0.5, whole=("stem",)))
+    candidates = family(problem)
+    smallest = problem.plan(candidates.state(len(candidates.stop) - 1))
+    assert smallest.bits is not None and smallest.bits.weights["stem.weight"] == 8 and set(smallest.bits.weights.values()) == {2, 8}
+    assert "stem" not in smallest.keep and smallest.keep
+    assert all(len(c) % 4 == 0 and len(c) >= structure[n].size / 2 for n, c in smallest.keep.items())
+
+
+def test_rates_of_exchange_are_measured_over_predicted() -> None:
+    probes = [Probe("channels", 2.0, 0.1), Probe("channels", 4.0, 0.2), Probe("weights", 1.0, -0.5)]
+    assert vars(exchange_rates(probes)) == pytest.approx({"channels": 0.05, "weights": 1e-3, "activations": 1.0})
+    with pytest.raises(ValueError, match="probes of 'heads' are unknown"):
+        exchange_rates([Probe("heads", 1.0, 1.0)])
+    with pytest.raises(ValueError, match="predict a rise of 0"):
+        exchange_rates([Probe("weights", 0.0, 1.0)])
+
+
+def test_rates_move_the_plan_towards_what_recovers() -> None:
+    given = everything(*residual())
+    cheap, dear = (
+        search_jointly(*given, at_most(bytes=0.3), bits=BITS, exchange=Exchange(channels=rate)).cost.params for rate in (1e-3, 1e3)
+    )
+    assert cheap < dear
+
+
+def test_the_frontier_falls_in_bytes_as_it_rises_in_loss() -> None:
+    points = frontier(family(joint_problem(*everything(*residual()), bits=BITS)), 6)
+    assert len(points) > 3
+    for one, other in pairwise(points):
+        assert one.cost.bytes > other.cost.bytes and one.predicted.rise < other.predicted.rise
