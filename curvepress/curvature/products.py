@@ -8,7 +8,7 @@ examples, however it is normalised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from .measures import Trace, gathered
 from .outputs import TOLERANCE, signs
 from .recording import View, only, recorded
 from .trees import concatenated, examples, leaves, rebuilt, rows
+from .twice import Twice
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 """``v -> C v``, one tensor for each variable."""
@@ -85,14 +86,17 @@ def _replaced(outputs: Sequence[Tensor], places: Sequence[int], fresh: Sequence[
 
 
 @contextmanager
-def differentiable(view: View) -> Iterator[None]:
+def differentiable(view: View, kind: Kind) -> Iterator[None]:
     """Within, attention runs in its plain form, as fused kernels have no second derivative; parameters asked about need gradients.
+
+    Passes for products of the Hessian, which take every derivative, are recorded by the kernels of :mod:`.twice`.
 
     Raises:
         ValueError: if another operation of the model has no second derivative.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH), only(view.model, list(view.parameters)), torch.enable_grad():
+        fast = Twice() if kind is hessian else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), only(view.model, list(view.parameters)), torch.enable_grad(), fast:
             yield
     except (RuntimeError, NotImplementedError) as error:
         if "derivative" not in str(error) and "differentiable twice" not in str(error):
@@ -158,7 +162,7 @@ def probed(view: View, loss: Loss, batch: Batch, kind: Kind, probes: int, genera
     for number, record in enumerate(pieces(view, loss, batch, micro)):
 
         def run(scale: float, record: Callable[[float], Piece] = record, number: int = number) -> Sums:
-            with differentiable(view):
+            with differentiable(view, kind):
                 return _piece(view, kind, record(scale), seeds, number)
 
         total.add(scaled(run, view.half, 1), 1 / probes)
