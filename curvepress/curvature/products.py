@@ -176,7 +176,7 @@ def _piece(view: View, kind: Kind, piece: Piece, seeds: Sequence[int], number: i
         product = kind(piece, list(piece.parameters.values()))
         for seed in seeds:
             if traced:
-                _elements(sums, piece, product, _generator(seed))
+                _elements(view, sums, piece, product, _generator(seed))
             for name in view.directions:
                 _direction(view, sums, piece, product, name, _generator(seed))
     if piece.activations:
@@ -190,10 +190,15 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _elements(sums: Sums, piece: Piece, product: Product, generator: torch.Generator) -> None:
+def _elements(view: View, sums: Sums, piece: Piece, product: Product, generator: torch.Generator) -> None:
     v = [signs(p, generator) for p in piece.parameters.values()]
     curved = zip(piece.parameters, v, product(v), strict=True)
-    sums.add(Sums({n: (own * found).double() for n, own, found in curved}))
+    sums.add(Sums({n: _kept(view, n, own * found) for n, own, found in curved}))
+
+
+def _kept(view: View, name: str, diagonal: Tensor) -> Tensor:
+    """A parameter's part of the diagonal in float64, or the sums of its rows where these suffice."""
+    return diagonal.sum(tuple(range(1, diagonal.ndim)), keepdim=True, dtype=torch.float64) if name in view.rows else diagonal.double()
 
 
 def _direction(view: View, sums: Sums, piece: Piece, product: Product, name: str, generator: torch.Generator) -> None:
