@@ -35,14 +35,14 @@ class Convolution(Function):
     """``w * x``, bilinear."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         """The result of the convolution."""
         ctx.save_for_backward(x, w)
         ctx.geometry = geometry
         return torch.ops.aten.convolution(x, w, None, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``w``."""
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         return (
@@ -56,14 +56,14 @@ class Inputs(Function):
     """The gradient of ``x``: bilinear in that of the result, ``g``, and in ``w``; of the shape of ``like``."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, w: Tensor, like: Tensor, geometry: Geometry) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, g: Tensor, w: Tensor, like: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of ``x``."""
         ctx.save_for_backward(g, w)
         ctx.geometry = geometry
         return torch.ops.aten.convolution_backward(g, like, w, None, *geometry, [True, False, False])[0]
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``g`` and ``w``."""
         (g, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         return (
@@ -78,14 +78,14 @@ class Weights(Function):
     """The gradient of ``w``: bilinear in that of the result, ``g``, and in ``x``; of the shape of ``like``."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, like: Tensor, geometry: Geometry) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, g: Tensor, x: Tensor, like: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of ``w``."""
         ctx.save_for_backward(g, x)
         ctx.geometry = geometry
         return torch.ops.aten.convolution_backward(g, x, like, None, *geometry, [False, True, False])[1]
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``g`` and ``x``."""
         (g, x), needs = ctx.saved_tensors, ctx.needs_input_grad
         return (
@@ -100,14 +100,14 @@ class Normalised(Function):
     """``scale * x + shift`` for each channel, as batch normalisation with its running statistics computes it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The normalised input, of its type."""
         ctx.save_for_backward(scale)
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         return torch.ops.aten.native_batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of ``x``."""
         (scale,) = ctx.saved_tensors
         return Normalised.apply(g, scale, torch.zeros_like(scale)), None, None
