@@ -20,8 +20,9 @@ from ..objective import Batch, Loss, checked_loss
 from .examples import Sums
 from .gauss_newton import pooled, scaled
 from .measures import Trace, gathered
-from .outputs import TOLERANCE, signs
+from .outputs import TOLERANCE
 from .recording import View, only, recorded
+from .terms import signs
 from .trees import concatenated, examples, leaves, rebuilt, rows
 from .twice import Twice
 
