@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,33 +77,3 @@ def test_samples_are_shared_out_in_turn() -> None:
         assert [w.mine(number) for w in team] == [rank == number % 3 for rank in range(3)]
     made_here = {0: {"w": np.ones(2)}, 1: {"w": np.zeros(2)}}
     assert Workers().shared(made_here, range(1, 2)) == {1: made_here[1]} and Workers().slowest(1.5) == 1.5
-
-
-def fail(rank: int, folder: str, broken: int) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{broken}", rank=rank, world_size=2)
-
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if len(targets) == 5 and rank == broken:  # one of its samples, after the first exchange
-            raise ValueError("no loss for five")
-        return F.cross_entropy(outputs, targets)
-
-    model, batches = made(CASES["gelu"]), [images(4, seed=s, count=5 if s in (4, 5) else 3) for s in range(BATCHES)]
-    with pytest.raises(ValueError, match="no loss for five") as told:
-        curvature.estimate(model, loss, batches, {"whole": curvature.layer("0.weight")}, estimator="pairs", stop=Stop(every=2))
-    assert str(told.value).startswith(f"process {broken} of 2 failed: ") == (rank != broken)
-    Path(f"{folder}/{broken} {rank}").touch()
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("broken", [0, 1])
-def test_what_fails_in_one_process_fails_in_all(tmp_path: Path, broken: int) -> None:
-    running = multiprocessing.spawn(fail, (str(tmp_path), broken), nprocs=2, join=False)
-    end = time.monotonic() + 100
-    try:
-        while not running.join(timeout=1):
-            assert time.monotonic() < end, "a process waits for one that has failed"
-    finally:
-        for process in running.processes:
-            process.kill()
-    assert len(list(tmp_path.glob(f"{broken} *"))) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,12 +150,10 @@ def estimate(
     """
     how = How(named(estimator), temperature, probes, rate, omit, micro or (MICRO if precision == "full" else 2 * MICRO), seed)
     view = view_of(model, measures, displacement or {}, precision)
-    team = workers()
-    guard = nullcontext() if sharded(model) else team.together()  # passes of a sharded model are exchanges themselves
-    with evaluating(model), torch.enable_grad(), guard:
+    with evaluating(model), torch.enable_grad():
         first, batches = first_of(batches)
         setup = prepare(view, loss, first, how)
-        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, team)
+        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, workers())
         return _estimated(keep, batches, stop or Stop(), progress or (lambda _: None))
 
 
