@@ -49,7 +49,7 @@ def test_products_are_those_of_the_dense_matrices_whatever_the_pieces(name: str)
         for micro in (2, 8):
             total = dict.fromkeys(flat.names, 0.0)
             for record in products.pieces(view, case.loss, case.batch, micro):
-                with products.differentiable(view):
+                with products.differentiable(view, kind):
                     piece = record(1.0)
                     order = [flat.names.index(n) for n in piece.parameters]
                     found = kind(piece, list(piece.parameters.values()))([parts[i] for i in order])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Factor, factor, summed_squares
+from .factors import Factor, factor, squared_rows, summed_squares
 from .graph import Use, curved
 from .measures import Activation, gathered
 from .recording import Gradients, Pass, Vectors, View, only, recorded
@@ -70,7 +70,7 @@ class Tally:
 
     def take(self, name: str, gradients: Tensor, start: int) -> None:
         """Gradients ``[n, *shape]`` of examples from ``start``: squared, and added up along each direction."""
-        self.sums.add(Sums({name: summed_squares(gradients)}))
+        self.sums.add(Sums({name: squared_rows(gradients) if name in self.view.rows else summed_squares(gradients)}))
         for direction, measure in self.view.directions.items():
             for part in (p for p in measure.parts if p.tensor == name):
                 moved = gathered(gradients.double() * self.view.moves[direction][name].double(), part.labels, measure.size, lead=1)
@@ -82,11 +82,16 @@ class Tally:
         first = factors[0]
         watched = any(p.tensor == name for m in self.view.directions.values() for p in m.parts)
         if len(factors) == 1 and not watched and first[0].form != "other":
-            total = first[1].squares()
-            self.sums.add(Sums({name: total.T if first[0].form == "transposed" else total}))
+            self.sums.add(Sums({name: self._squares(*first)}))
             return
         for a, b in first[1].blocks():
             self.take(name, torch.stack([_pulled(use, f.block(a, b), self.view) for use, f in factors]).sum(0), a)
+
+    def _squares(self, use: Use, factor: Factor) -> Tensor:
+        rows = use.tensor in self.view.rows
+        if use.form == "itself":
+            return factor.row_squares() if rows else factor.squares()
+        return factor.squares().sum(0)[:, None] if rows else factor.squares().T
 
     def close(self) -> Sums:
         """The sums, once every parameter has been taken in: only now are slopes along directions complete and squared."""
@@ -104,7 +109,7 @@ def examine(view: View, inputs: Any, outputs: Iterable[int] | None) -> Reading:
     Raises:
         ValueError: if a parameter that is asked about has no influence on these outputs, or the model mixes examples.
     """
-    view, names, count = replace(view, half=None), list(view.parameters), examples(inputs)
+    view, names, count = replace(view, half=None, rows=frozenset()), list(view.parameters), examples(inputs)
     generator = torch.Generator().manual_seed(0)
     with only(view.model, names):
         trial = recorded(view, inputs, names)

@@ -6,16 +6,20 @@ those of a few examples, ``squares`` the sum of their squares.  One rule for eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .graph import Use, saved
 
 CHUNK = 1 << 21
 """Elements of per-example gradients held at a time: 8 MiB, which caches still hold."""
+WINDOWS = 8
+"""Positions for each channel up to which a convolution in bfloat16 is better laid out as windows of its input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +42,22 @@ class Factor:
         """Sum over the examples of the squared gradients: float64 ``[*shape]``."""
         return sum((summed_squares(self.block(a, b)) for a, b in self.blocks()), torch.zeros((), dtype=torch.float64))
 
+    def row_squares(self) -> Tensor:
+        """The same summed over each row too: float64 ``[rows, 1, ...]``."""
+        return sum((squared_rows(self.block(a, b)) for a, b in self.blocks()), torch.zeros((), dtype=torch.float64))
+
 
 def summed_squares(gradients: Tensor) -> Tensor:
     """Sum over the first dimension of squares, as float64; half precision is widened before it is squared."""
     wide = gradients if gradients.dtype == torch.float64 else gradients.float()
     return wide.square().sum(0).double()
+
+
+def squared_rows(gradients: Tensor) -> Tensor:
+    """Sum of squares over all dimensions but the second, which is kept first: float64 ``[rows, 1, ...]``."""
+    wide = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(gradients, dim=tuple(range(2, gradients.ndim)), dtype=wide)
+    return norms.double().square().sum(0).reshape(-1, *[1] * (gradients.ndim - 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +100,34 @@ class Convolved(Factor):
 
     def block(self, start: int, stop: int) -> Tensor:
         """See :class:`Factor`."""
-        n, node = stop - start, self.use.node
-        g, x = (t[start:stop].flatten(0, 1)[None] for t in (self.gradient, self.inputs))
+        g, x, node = self.gradient[start:stop], self.inputs[start:stop], self.use.node
         geometry = [list(saved(node, k)) for k in ("stride", "padding", "dilation")]
+        if self.narrow:
+            windows = _windows(x, self.shape[2:], g.shape[2:], geometry)
+            found = torch.bmm(g.flatten(2), windows).view(len(g), self.shape[0], *self.shape[2:], self.shape[1])
+            return found.movedim(-1, 2)
+        n = stop - start
         like = x.new_empty(n * self.shape[0], *self.shape[1:])
-        weight = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            like,
-            None,
-            *geometry,
-            saved(node, "transposed"),
-            list(saved(node, "output_padding")),
-            n * saved(node, "groups"),
-            [False, True, False],
-        )[1]
-        return weight.view(n, *self.shape)
+        more = (saved(node, "transposed"), list(saved(node, "output_padding")), n * saved(node, "groups"), [False, True, False])
+        g, x = (t.flatten(0, 1)[None] for t in (g, x))
+        return torch.ops.aten.convolution_backward(g, x, like, None, *geometry, *more)[1].view(n, *self.shape)
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether products of matrices are faster: in bfloat16 on a processor, where positions are few for the channels there are."""
+        kind = self.gradient.dtype == torch.bfloat16 and self.gradient.device.type == "cpu" and self.gradient.ndim == 4
+        plain = kind and saved(self.use.node, "groups") == 1 and not saved(self.use.node, "transposed")
+        return plain and self.gradient[0, 0].numel() <= WINDOWS * self.shape[1]
+
+
+def _windows(x: Tensor, kernel: Sequence[int], result: Sequence[int], geometry: Sequence[Sequence[int]]) -> Tensor:
+    """What each position of a convolution's result sees: ``[examples, positions, kernel height * kernel width * channels]``."""
+    (down, across), (top, left), (below, beside) = geometry
+    padded = F.pad(x.movedim(1, -1), (0, 0, left, left, top, top))
+    n, (high, wide), step = len(x), result, padded.stride()
+    shape = (n, high, wide, *kernel, x.shape[1])
+    strides = (step[0], down * step[1], across * step[2], below * step[1], beside * step[2], step[3])
+    return padded.as_strided(shape, strides).reshape(n, high * wide, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,6 +107,13 @@ def watched(measures: Mapping[str, Measure]) -> list[str]:
     return sorted({p.tensor for m in measures.values() if not isinstance(m, Activation) for p in m.parts})
 
 
+def by_rows(measures: Mapping[str, Measure], shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+    """The parameters of which no trace tells one element of a row, an index of the first dimension, from another."""
+    parts = [p for m in measures.values() if isinstance(m, Trace) for p in m.parts]
+    fine = {p.tensor for p in parts if len(shapes[p.tensor]) < 2 or any(n > 1 for n in p.labels.shape[1 - len(shapes[p.tensor]) :])}
+    return frozenset(p.tensor for p in parts) - fine
+
+
 def gathered(values: Tensor, labels: np.ndarray, size: int, lead: int = 0) -> Tensor:
     """Sums of ``values`` ``[*lead, *shape]`` over the elements of each label: float64 ``[*lead, size]``."""
     where = torch.as_tensor(labels, device=values.device)

@@ -8,7 +8,7 @@ examples, however it is normalised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from ..objective import Batch, Loss, checked_loss
 from .examples import Sums
 from .gauss_newton import pooled, scaled
 from .measures import Trace, gathered
-from .outputs import TOLERANCE, signs
+from .outputs import TOLERANCE
 from .recording import View, only, recorded
+from .terms import signs
 from .trees import concatenated, examples, leaves, rebuilt, rows
+from .twice import Twice
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 """``v -> C v``, one tensor for each variable."""
@@ -85,14 +87,17 @@ def _replaced(outputs: Sequence[Tensor], places: Sequence[int], fresh: Sequence[
 
 
 @contextmanager
-def differentiable(view: View) -> Iterator[None]:
+def differentiable(view: View, kind: Kind) -> Iterator[None]:
     """Within, attention runs in its plain form, as fused kernels have no second derivative; parameters asked about need gradients.
+
+    Passes for products of the Hessian, which take every derivative, are recorded by the kernels of :mod:`.twice`.
 
     Raises:
         ValueError: if another operation of the model has no second derivative.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH), only(view.model, list(view.parameters)), torch.enable_grad():
+        fast = Twice() if kind is hessian else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), only(view.model, list(view.parameters)), torch.enable_grad(), fast:
             yield
     except (RuntimeError, NotImplementedError) as error:
         if "derivative" not in str(error) and "differentiable twice" not in str(error):
@@ -158,7 +163,7 @@ def probed(view: View, loss: Loss, batch: Batch, kind: Kind, probes: int, genera
     for number, record in enumerate(pieces(view, loss, batch, micro)):
 
         def run(scale: float, record: Callable[[float], Piece] = record, number: int = number) -> Sums:
-            with differentiable(view):
+            with differentiable(view, kind):
                 return _piece(view, kind, record(scale), seeds, number)
 
         total.add(scaled(run, view.half, 1), 1 / probes)
@@ -172,7 +177,7 @@ def _piece(view: View, kind: Kind, piece: Piece, seeds: Sequence[int], number: i
         product = kind(piece, list(piece.parameters.values()))
         for seed in seeds:
             if traced:
-                _elements(sums, piece, product, _generator(seed))
+                _elements(view, sums, piece, product, _generator(seed))
             for name in view.directions:
                 _direction(view, sums, piece, product, name, _generator(seed))
     if piece.activations:
@@ -186,10 +191,15 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _elements(sums: Sums, piece: Piece, product: Product, generator: torch.Generator) -> None:
+def _elements(view: View, sums: Sums, piece: Piece, product: Product, generator: torch.Generator) -> None:
     v = [signs(p, generator) for p in piece.parameters.values()]
     curved = zip(piece.parameters, v, product(v), strict=True)
-    sums.add(Sums({n: (own * found).double() for n, own, found in curved}))
+    sums.add(Sums({n: _kept(view, n, own * found) for n, own, found in curved}))
+
+
+def _kept(view: View, name: str, diagonal: Tensor) -> Tensor:
+    """A parameter's part of the diagonal in float64, or the sums of its rows where these suffice."""
+    return diagonal.sum(tuple(range(1, diagonal.ndim)), keepdim=True, dtype=torch.float64) if name in view.rows else diagonal.double()
 
 
 def _direction(view: View, sums: Sums, piece: Piece, product: Product, name: str, generator: torch.Generator) -> None:

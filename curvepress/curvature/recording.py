@@ -28,13 +28,15 @@ Gradients = dict[tuple[Node, int], Tensor | None]
 class View:
     """A model and what is asked about it; ``half`` is the type of half-precision passes, None for the model's own.
 
-    ``moves`` holds for each :class:`Direction` how its parameters would move.
+    ``moves`` holds for each :class:`Direction` how its parameters would move.  Of the parameters ``rows`` nothing is asked below
+    their rows, the indices of their first dimension, so that sums over these suffice.
     """
 
     model: nn.Module
     measures: Mapping[str, Measure]
     moves: Mapping[str, Mapping[str, Tensor]]
     half: torch.dtype | None = None
+    rows: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

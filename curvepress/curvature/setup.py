@@ -16,7 +16,7 @@ from .estimators import ESTIMATORS, FIRST_ORDER, Estimator, Task, suited
 from .examples import TRIAL, Reading, Sums, examine
 from .gauss_newton import curvature_of
 from .graph import curved, operation
-from .measures import Activation, Direction, Measure, Part, Trace, gathered
+from .measures import Activation, Direction, Measure, Part, Trace, by_rows, gathered
 from .outputs import Outputs
 from .recording import View, only, recorded
 from .sharding import check, sharded, unwrapped, whole
@@ -108,7 +108,7 @@ def view_of(model: nn.Module, measures: Mapping[str, Measure], displacement: Map
         for name, m in measures.items()
         if isinstance(m, Direction)
     }
-    return View(model, measures, moves, PRECISIONS[precision])
+    return View(model, measures, moves, PRECISIONS[precision], by_rows(measures, {n: p.shape for n, p in parameters.items()}))
 
 
 def _fits(name: str, part: Part, parameters: Mapping[str, nn.Parameter], size: int) -> None:

@@ -126,7 +126,7 @@ def _product(parts: _Parts, parameters: Sequence[str], v: np.ndarray) -> np.ndar
     split = torch.as_tensor(np.asarray(v).ravel()).split([own[n].numel() for n in parameters])
     moved = {n: x.reshape(own[n].shape).to(own[n]) for n, x in zip(parameters, split, strict=True)}
     total = {n: torch.zeros(own[n].shape, dtype=torch.float64, device=own[n].device) for n in parameters}
-    with evaluating(parts.view.model), differentiable(parts.view):
+    with evaluating(parts.view.model), differentiable(parts.view, parts.kind):
         for weight, product in parts.products():
             for name, found in zip(own, product([moved[n] for n in own]), strict=True):
                 total[name] += weight * found.double()
