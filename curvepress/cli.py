@@ -29,6 +29,7 @@ from .pipeline import assist, check_budget, costs, keep_stage, run_stage
 from .planner import PER
 from .quantization import QUANTIZED, check_choice, source_files
 from .recipe import Recipe, load_recipe
+from .recipe_files import shipped
 from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
 from .settings import QAT, bit_choice, limits, tuning
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network smaller and faster, guided by the curvature of its loss.",
 )
-SCORE, BUDGET, RECOVERY = "Scores", "Budget (one or more)", "Recovery (without them the recipe's own settings)"
+SCORE, BUDGET, RECOVERY = "Scores", options.BUDGET, "Recovery (without them the recipe's own settings)"
 
 
 def _limit(what: str) -> Any:
@@ -53,7 +54,7 @@ def _tuned(what: str, **more: Any) -> Any:
     return typer.Option(help=what, rich_help_panel=RECOVERY, **more)
 
 
-RecipeName = Annotated[str, typer.Argument(help="a Python file with the five functions of a recipe, or a shipped one: digits, cifar10")]
+RecipeName = Annotated[str, typer.Argument(help=f"a Python file with the five functions of a recipe, or one of {', '.join(shipped())}")]
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
 Out = Annotated[Path, typer.Option(help="the folder of the run; made if missing, continued if interrupted")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="an option of the recipe, name=value; may be repeated")]
@@ -110,8 +111,8 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = "channel",
-    multiple: Multiple = 1, floor: Floor = 0.05, epochs: Epochs = None, lr: Lr = None,
-    optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
+    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False,
+    epochs: Epochs = None, lr: Lr = None, optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """The main job: trace, score, plan, apply, fit, export and report.  Interrupted, the same command goes on."""
@@ -125,7 +126,7 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "plan": {**budget, "per": per, "multiple": multiple, "floor": floor},
+        "plan": {**budget, "per": per, "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned},
         "apply": common,
         "fit": {**tuning(task, recovery), **common},
         "export": {"threads": threads, "batches": list(BATCHES)},
@@ -178,10 +179,10 @@ def score(
 @explained()
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
-    per: Per = "channel", multiple: Multiple = 1, floor: Floor = 0.05,
+    per: Per = "channel", multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
-    settings = {**limits(params, bytes, macs), "per": per, "multiple": multiple, "floor": floor}
+    settings = {**limits(params, bytes, macs), "per": per, "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned}
     with _continued(folder) as (run, task):
         run = _done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))
