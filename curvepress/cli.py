@@ -112,8 +112,9 @@ def compress(
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = "channel",
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False,
-    epochs: Epochs = None, lr: Lr = None, optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
-    distill: Distill = None, precision: Precision = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    epochs: Epochs = None, lr: Lr = None, optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None,
+    weight_decay: WeightDecay = None, distill: Distill = None, precision: Precision = None,
+    seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """The main job: trace, score, plan, apply, fit, export and report.  Interrupted, the same command goes on."""
     budget = limits(params, bytes, macs)
