@@ -62,11 +62,12 @@ def model(trained: bool = True) -> nn.Module:
     Raises:
         ValueError: if a package is missing, or the weights were not made yet or are damaged.
     """
+    folder = _package()
     from transformers import BertConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = Classifier(BertConfig.from_pretrained(_package()))
+        network = Classifier(BertConfig.from_pretrained(folder))
     return (weights.fill(network, "sst2") if trained else network).eval()
 
 
