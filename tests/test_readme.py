@@ -69,7 +69,7 @@ def test_the_page_on_curvature_names_all_that_is_public() -> None:
     "page",
     [
         *("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/architecture.md", "docs/recipes.md"),
-        *("docs/curvature.md", "docs/quantization.md", "docs/coverage.md"),
+        *("docs/curvature.md", "docs/quantization.md", "docs/coverage.md", "docs/transformers.md"),
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:
