@@ -109,3 +109,7 @@ def test_aligned_is_refused_where_there_is_nothing_to_align(tmp_path: Path) -> N
     task = shutil.copy(HERE / "tiny_recipe.py", tmp_path / "task.py")
     said = refused("compress", task, "--params", 0.5, "--aligned", "--out", tmp_path / "run")
     assert "--aligned has nothing to hold equal" in said and "leave it out" in said
+
+
+def test_quantization_says_that_it_takes_no_keyword_inputs(run: Path, tmp_path: Path) -> None:
+    assert "keyword inputs cannot be quantized yet" in refused("quantize", run.parent / "task.py", "--out", tmp_path / "q")
