@@ -49,7 +49,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 

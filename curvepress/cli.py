@@ -26,6 +26,7 @@ from .planner import PER
 from .planning import drawn_frontier, picked
 from .quantization import QUANTIZED, check_choice
 from .recipe import load_recipe
+from .recipe_files import shipped
 from .repairing import EXAMPLES
 from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
@@ -54,7 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network smaller and faster, guided by the curvature of its loss.",
 )
-SCORE, BUDGET, RECOVERY = "Scores", "Budget (one or more)", "Recovery (without them the recipe's own settings)"
+SCORE, BUDGET, RECOVERY = "Scores", options.BUDGET, "Recovery (without them the recipe's own settings)"
 
 
 def _limit(what: str) -> Any:
@@ -65,7 +66,7 @@ def _tuned(what: str, **more: Any) -> Any:
     return typer.Option(help=what, rich_help_panel=RECOVERY, **more)
 
 
-RecipeName = Annotated[str, typer.Argument(help="a Python file with the five functions of a recipe, or a shipped one: digits, cifar10")]
+RecipeName = Annotated[str, typer.Argument(help=f"a Python file with the five functions of a recipe, or one of {', '.join(shipped())}")]
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
 Out = Annotated[Path, typer.Option(help="the folder of the run; made if missing, continued if interrupted")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="an option of the recipe, name=value; may be repeated")]
@@ -132,7 +133,8 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
-    multiple: Multiple = 1, floor: Floor = 0.05, bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
+    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False,
+    bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
     price_examples: PriceExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
@@ -148,11 +150,20 @@ def compress(
     common = {"seed": seed, "threads": threads}
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
+    shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned}
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
         "weigh": {"examples": price_examples, **common},
-        "plan": {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, **chosen},
+        "plan": {
+            **budget,
+            "per": per or _usual(latency),
+            "multiple": multiple,
+            "floor": floor,
+            "whole": whole or [],
+            "aligned": aligned,
+            **chosen,
+        },
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -209,12 +220,12 @@ def score(
 @explained()
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
-    latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1,
-    per: Per = None, multiple: Multiple = 1, floor: Floor = 0.05, threads: Threads = 1,
+    latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1, per: Per = None, multiple: Multiple = 1,
+    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
-    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor}
+    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned}
     with continued(folder) as (run, task):
         run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))

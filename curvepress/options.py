@@ -1,4 +1,4 @@
-"""The options of ``curvepress quantize``."""
+"""The options of ``curvepress quantize``, and what widths of a plan are held to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .bitwidths import PRICES
 from .requantization import ROUNDINGS
 
 RANGES = ("mse", "minmax", "percentile")
+BUDGET = "Budget (one or more)"
 CHOICE, HOW, TRAINING = "Bits (one way; 8 for all where none is given)", "How", "Training (QAT)"
 
 
@@ -30,6 +31,9 @@ def one_of(panel: str, what: str, values: Iterable[str]) -> Any:
 def _in(panel: str, what: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=what, rich_help_panel=panel, **more)
 
+
+Whole = Annotated[list[str] | None, _in(BUDGET, "kind or name of groups that stay whole, such as embedding; may be repeated")]
+Aligned = Annotated[bool, _in(BUDGET, "hold the query-key and the value width of an attention block equal", "--aligned")]
 
 Source = Annotated[str, typer.Argument(help="a recipe, or the folder of a run, whose compressed model is taken")]
 Into = Annotated[Path | None, typer.Option(help="the folder of the run; for the folder of a run by default `quantized` in it")]

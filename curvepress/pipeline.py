@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import curvature, quantization
 from . import report as reports
+from .alignment import head_widths
 from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
 from .costs import Cost, cost, written
@@ -114,7 +116,11 @@ def _plan(desk: Desk, settings: Settings) -> None:
 
 def _searched(run: Run, structure: Structure, scores: Scores, settings: Settings, table: Table | None = None) -> Plan:
     limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
-    options = {k: settings[k] for k in ("per", "multiple", "floor")}
+    options = {k: settings[k] for k in ("per", "multiple", "floor", "whole", "aligned")}
+    if settings["aligned"] and not head_widths(structure):
+        raise ValueError(
+            "--aligned has nothing to hold equal: this model has no attention block with a query-key and a value width; leave it out"
+        )
     try:
         if settings.get("bits"):
             return choose(joint_family(run, structure, scores, settings), at_most(**limits)).plan
@@ -226,7 +232,7 @@ def _export(desk: Desk, settings: Settings) -> None:
     agreements = {name: to_onnx(model, inputs, desk.path(f"{name}.onnx")) for name, model in models.items()}
     paths = {name: desk.path(f"{name}.onnx") for name in models}
     sizes = _batch_sizes(agreements, settings["batches"])
-    timings = compare_latency(paths, [x.numpy() for x in inputs], threads=settings["threads"], batches=sizes)
+    timings = compare_latency(paths, tree_map(Tensor.numpy, inputs), threads=settings["threads"], batches=sizes)
     pairs = zip(timings[::2], timings[1::2], strict=True)
     facts = {"agreement": {n: asdict(a) for n, a in agreements.items()}, "latency": [asdict(_latency(*pair)) for pair in pairs]}
     promise = kept_promise(desk, models["original"], models["model"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from .blocks import Choice, narrowed
 from .costs import Cost, cost, written
 from .latency import Table
 from .plan import Plan
-from .scores import Scores
+from .scores import RELATIVE_UNIT, Scores
 from .structure import Group, Structure
 
 Budget = Callable[[Cost, Cost], bool]
@@ -159,6 +159,21 @@ def worths(structure: Structure, scores: Scores, per: str) -> dict[str, np.ndarr
 
 def _one_less(structure: Structure, group: Group) -> Cost:
     return cost(Plan(structure, {group.name: tuple(range(1, group.size))}))
+
+
+def with_latency(structure: Structure, scores: Scores, seconds: Callable[[Plan], float], *, eta: float) -> Scores:
+    """Scores less ``eta`` times the seconds that removing the channel alone would save: NViT's latency term.
+
+    Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023, eq. 8,
+    ``I_S - eta * (Lat(W) - Lat(W without S))``; their code takes ``eta`` = 5e-4 a second.
+
+    Args:
+        seconds: the latency of a plan, such as one measured in a table or modelled by its cost.
+    """
+    whole = seconds(Plan(structure))
+    saved = {g.name: whole - seconds(Plan(structure, {g.name: tuple(range(1, g.size))})) for g in structure.free}
+    values = {n: v - eta * saved[n] for n, v in scores.values.items()}
+    return replace(scores, values=values, method=f"{scores.method} with latency", unit=RELATIVE_UNIT)
 
 
 def prune(structure: Structure, worth: Mapping[str, np.ndarray], price: float, shape: Shape) -> Plan:

@@ -11,7 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import curvature
 from .allocation import Allocation, allocate, allocation, runnable, uniform
@@ -58,6 +59,8 @@ def _given(desk: Desk, source: str | None) -> Model:
         other = Desk(open_run(Path(source)), desk.recipe)
         require(other.run, "export")
         return other.compressed("model.safetensors"), other.plan()
+    if isinstance(desk.recipe.inputs()[-1], Mapping):
+        raise ValueError(f"{desk.recipe.name}: models with keyword inputs cannot be quantized yet; give one that takes its inputs in order")
     model = desk.recipe.build(trained=True)
     check(desk.recipe, model)
     try:
@@ -189,7 +192,7 @@ def _deploy(desk: Desk, settings: Settings) -> None:
     agreement = to_integer_onnx(module, batches, paths["quantized"], examples=COMPARED, threads=threads)
     running = Running(paths["quantized"], module, *inputs, threads=threads)
     sizes = (plain.sizes[0],) if plain.batch == "static" else tuple(settings["batches"])
-    timings = compare_latency(paths, [x.numpy() for x in inputs], threads=threads, batches=sizes)
+    timings = compare_latency(paths, tree_map(Tensor.numpy, inputs), threads=threads, batches=sizes)
     before, done = read_json(desk.path("float.json"), FLOAT), read_json(desk.path("quantization.json"), TRAINED)
     validation = {"float": before["validation"], **done["validation"], "onnxruntime": recipe.metrics(running, "validation")}
     facts = {

@@ -1,7 +1,8 @@
 """A recipe: how a user brings a task.  An ordinary Python file with five functions.
 
 * ``model(trained=True)``: the network in evaluation mode; ``trained=False``: the same network with any weights
-* ``example()``: a small batch that the model accepts, a tensor or a tuple of tensors
+* ``example()``: a small batch that the model accepts: a tensor, a dict of keyword inputs, or a tuple of tensors that may end in
+  such a dict
 * ``loss(output, targets)``: the mean over the batch, a scalar tensor
 * ``batches(split, seed=0)``: pairs ``(inputs, targets)`` of "train", "calibration", "validation" or "test"
 * ``evaluate(model, split)``: ``{"accuracy": 91.7, ...}``; the first metric is the one that counts, larger is better
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .objective import Batch, Batches, Loss, batch_loss, batch_size
+from .objective import Batch, Batches, Loss, arguments, batch_loss, batch_size
 from .recipe_files import Blame, bound_functions, read_module
 
 CHECKED = ("calibration", "train")
@@ -47,18 +48,20 @@ class Recipe:
     functions: Mapping[str, Callable[..., Any]]
     blame: Blame
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The example as a tuple of tensors.
+    def inputs(self) -> tuple[Any, ...]:
+        """The example as a tuple of positional inputs, with a mapping of keyword inputs at its end if there are any.
 
         Raises:
-            ValueError: if it is not a tensor or a tuple of tensors with a first dimension of examples.
+            ValueError: if it is not made of tensors with a first dimension of examples.
         """
         given = self.functions["example"]()
-        inputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-        if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
-            seen = ", ".join(_look(x) for x in inputs) or "an empty tuple"
-            raise ValueError(f"{self.name}: example() must return a tensor or a tuple of tensors, each with examples first; got {seen}")
-        return inputs
+        positional, named = arguments(given)
+        tensors = [*positional, *named.values()]
+        if not tensors or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in tensors) or not _words(named):
+            seen = _look(given) if isinstance(given, Mapping) else ", ".join(map(_look, tensors)) or "an empty tuple"
+            wanted = "a tensor, a dict of tensors by the names of forward's arguments, or a tuple of tensors that may end in such a dict"
+            raise ValueError(f"{self.name}: example() must return {wanted}, each tensor with examples first; got {seen}")
+        return (*positional, named) if named else positional
 
     def build(self, *, trained: bool) -> nn.Module:
         """The recipe's model in evaluation mode, its weights finite.
@@ -182,7 +185,7 @@ class _Stream:
         except (TypeError, IndexError):
             size = -1
         if size < 1:
-            wanted = "a tensor or a tuple of tensors whose first dimension counts one or more examples"
+            wanted = "a tensor, a tuple or a dict of tensors whose first dimension counts one or more examples"
             raise ValueError(f"{where} must yield inputs that are {wanted}; got {_look(batch[0])}")
         return batch[0], batch[1]
 
@@ -196,7 +199,13 @@ class _Counted(_Stream):
         return self.count
 
 
+def _words(named: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and k.isidentifier() for k in named)
+
+
 def _look(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(f'{k} {_look(v)}' for k, v in list(value.items())[:4])}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}: {', '.join(map(_look, value[:4]))}{', ...' if len(value) > 4 else ''}"
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -69,7 +69,8 @@ def test_the_page_on_curvature_names_all_that_is_public() -> None:
     "page",
     [
         *("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/architecture.md", "docs/recipes.md"),
-        *("docs/curvature.md", "docs/quantization.md", "docs/coverage.md", "docs/latency.md"),
+        *("docs/curvature.md", "docs/quantization.md", "docs/coverage.md", "docs/latency.md", "docs/transformers.md"),
+        *("docs/prices.md", "docs/repair.md", "docs/implants.md", "docs/planning.md"),
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:

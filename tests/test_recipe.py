@@ -92,7 +92,7 @@ SPOILT = [
     (
         "return torch.randn(2, 6",
         "return 3, torch.randn(2, 6",
-        r"example\(\) must return a tensor or a tuple of tensors.* got int, .2, 6. torch.float32",
+        r"example\(\) must return a tensor, a dict of tensors.* got int, .2, 6. torch.float32",
     ),
     ("return torch.randn(2, 6", "return () and torch.randn(2, 6", r"example\(\) must return .* got an empty tuple"),
     ('    return {"accuracy"', '    {"accuracy"', r"evaluate\(\) must return a dict .* got None for 'validation'"),

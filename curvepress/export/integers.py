@@ -75,7 +75,7 @@ def _integer_model(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
     example = example_of(inputs)
     try:
         with evaluating(graph), quiet(), torch.no_grad():
-            program = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, len(example)), strict=False)
+            program = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, example), strict=False)
             table = {ROUND: _round, DEQUANTIZE: _dequantize}
             exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)  # type: ignore[arg-type]
         assert exported is not None

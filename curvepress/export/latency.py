@@ -9,12 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from torch.utils import _pytree
 
-from .onnx import open_session
+from ..objective import arguments
+from .onnx import feeds, open_session
+
+Arguments = tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]
+"""Inputs in order, and by name."""
 
 SLICE = 0.01
 """Seconds that one reading lasts: many runs of a fast model, one run of a slow one."""
@@ -52,7 +59,7 @@ class Timing:
 
 def compare_latency(
     paths: Mapping[str, str | Path],
-    example: np.ndarray | Sequence[np.ndarray],
+    example: Any,
     *,
     threads: int = 1,
     rounds: int = 40,
@@ -66,7 +73,8 @@ def compare_latency(
 
     Args:
         paths: ONNX files by name.
-        example: one array per input; dimension 0 counts examples and is repeated to each batch size.
+        example: an array, arrays by the names of the inputs, or several in order, the last of which may be such a mapping; dimension 0
+            counts examples and is repeated to each batch size.
         threads: threads that ONNX Runtime may use within an operator.
         rounds: readings of every file at every batch size; fewer, but at least five, where ``seconds`` would be exceeded.
         seconds: wall-clock time to aim at for the whole comparison.
@@ -76,10 +84,10 @@ def compare_latency(
     """
     if not paths or not batches or min(*batches, threads, rounds) < 1:
         raise ValueError(f"give at least one file, batch size, thread and round; got {list(paths)}, {list(batches)}, {threads}, {rounds}")
-    inputs = [example] if isinstance(example, np.ndarray) else list(example)
+    inputs = arguments(example)
     found: list[Timing] = []
     for size in batches:
-        readings = _readings(paths, threads, [_repeated(x, size) for x in inputs], rounds, seconds / len(batches))
+        readings = _readings(paths, threads, _pytree.tree_map(partial(_repeated, size=size), inputs), rounds, seconds / len(batches))
         found += [_timing(name, size, threads, readings[:, n], readings[:, 0]) for n, name in enumerate(paths)]
     return tuple(found)
 
@@ -97,7 +105,7 @@ def quickest(times: Sequence[float]) -> float:
     return float(ordered[: max(1, len(ordered) // 4)].mean())
 
 
-def _readings(paths: Mapping[str, str | Path], threads: int, inputs: list[np.ndarray], rounds: int, seconds: float) -> np.ndarray:
+def _readings(paths: Mapping[str, str | Path], threads: int, inputs: Arguments, rounds: int, seconds: float) -> np.ndarray:
     """Seconds per run ``[rounds, files, 2]``: wall-clock and processor."""
     files, start = list(paths.values()), time.perf_counter()
     taken: list[np.ndarray] = []
@@ -107,14 +115,14 @@ def _readings(paths: Mapping[str, str | Path], threads: int, inputs: list[np.nda
     return np.stack(taken)
 
 
-def _reading(path: str | Path, threads: int, inputs: list[np.ndarray]) -> tuple[float, float]:
+def _reading(path: str | Path, threads: int, inputs: Arguments) -> tuple[float, float]:
     """Wall-clock and processor seconds of one run, the mean over one reading."""
     session = open_session(path, threads)
-    feeds = _feeds(Path(path).name, session, inputs)
-    once = _run(session, feeds, 1)[0]
+    given = _feeds(Path(path).name, session, inputs)
+    once = _run(session, given, 1)[0]
     if once < SLICE:
-        once = min(_run(session, feeds, 1)[0] for _ in range(WARM - 1))
-    return _run(session, feeds, max(1, round(SLICE / once)))
+        once = min(_run(session, given, 1)[0] for _ in range(WARM - 1))
+    return _run(session, given, max(1, round(SLICE / once)))
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray], times: int) -> tuple[float, float]:
@@ -137,11 +145,9 @@ def _repeated(x: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(x[np.arange(size) % len(x)])
 
 
-def _feeds(name: str, session: onnxruntime.InferenceSession, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
-    wanted = session.get_inputs()
-    if len(wanted) != len(inputs):
-        raise ValueError(f"{name} takes {len(wanted)} inputs, the example has {len(inputs)}")
-    for i, x in zip(wanted, inputs, strict=True):
-        if i.shape and isinstance(i.shape[0], int) and i.shape[0] != len(x):
-            raise ValueError(f"{name} takes batches of {i.shape[0]} only, not {len(x)}; give batches=({i.shape[0]},)")
-    return {i.name: x for i, x in zip(wanted, inputs, strict=True)}
+def _feeds(name: str, session: onnxruntime.InferenceSession, inputs: Arguments) -> dict[str, np.ndarray]:
+    given = feeds(name, session, (*inputs[0], inputs[1]))
+    for i in session.get_inputs():
+        if i.shape and isinstance(i.shape[0], int) and i.shape[0] != len(given[i.name]):
+            raise ValueError(f"{name} takes batches of {i.shape[0]} only, not {len(given[i.name])}; give batches=({i.shape[0]},)")
+    return given

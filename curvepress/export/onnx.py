@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree
 
+from ..objective import arguments, call
+
 OPSET = 18
 """The operator set of the files: the one PyTorch's exporter is written in, so that nothing is converted afterwards."""
 
-Example = Tensor | Sequence[Tensor]
+Example = Tensor | Sequence[Any] | Mapping[str, Tensor]
+"""Inputs as the model takes them: a tensor, keyword inputs by name, or several in order, of which the last may be such a mapping."""
+Inputs = tuple[Any, ...]
+"""The same as a tuple."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Agreement:
     divided by that output's largest absolute value, over inputs of each of ``sizes`` examples (0 where the inputs do not
     share their first dimension).  ``batch`` is
     ``dynamic`` (the file takes any number of examples) or ``static`` (only inputs shaped like the example).  ``bytes`` is the size of
-    the file.
+    the file.  ``lengths`` are those of the sequences tried: two where the file takes sequences of any length, none without sequences.
     """
 
     error: float
@@ -45,6 +50,7 @@ class Agreement:
     bytes: int
     opset: int
     versions: Mapping[str, str]
+    lengths: tuple[int, ...] = ()
 
 
 def to_onnx(model: nn.Module, example: Example, path: str | Path, *, tolerance: float = 1e-4) -> Agreement:
@@ -52,9 +58,12 @@ def to_onnx(model: nn.Module, example: Example, path: str | Path, *, tolerance: 
 
     The file is run in ONNX Runtime on the example and on random inputs of the example's and of another batch size.
     It gets its name only if every output agrees.  Dimension 0 of every input counts examples.  A model that takes
-    one batch size only is written with that size: a warning says why and ``batch`` is ``static``.
+    one batch size only is written with that size: a warning says why and ``batch`` is ``static``.  Dimension 1 of inputs of whole
+    numbers that all share it counts positions of a sequence: where the model allows it, the file takes any length too.
 
     Args:
+        example: a tensor, keyword inputs by name (the file's inputs have these names), or several in order, the last of
+            which may be such a mapping.
         model: a module, or the graph module of an exported program.  It runs in eval mode and gets its modes back.
         tolerance: largest difference allowed, relative to the largest absolute value of the output.
 
@@ -65,77 +74,100 @@ def to_onnx(model: nn.Module, example: Example, path: str | Path, *, tolerance: 
     path = Path(path)
     with temporary(path) as written:
         with evaluating(model), quiet():
-            program, why = _exported(model, inputs)
+            program, why, lengths = _exported(model, inputs)
         program.save(written, external_data=False)
         with evaluating(model), torch.no_grad():
-            agreement = _compare(model, written, _trials(inputs, dynamic=not why), tolerance)
+            agreement = _compare(model, written, _trials(inputs, dynamic=not why, lengths=lengths), tolerance)
         os.replace(written, path)
     if why:
-        warnings.warn(f"{path.name} takes inputs of shape {', '.join(str(tuple(x.shape)) for x in inputs)} only: {why}", stacklevel=2)
+        shapes = ", ".join(str(tuple(x.shape)) for x in _pytree.tree_leaves(inputs))
+        warnings.warn(f"{path.name} takes inputs of shape {shapes} only: {why}", stacklevel=2)
     return agreement
 
 
-def _checked(example: Example) -> tuple[Tensor, ...]:
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs):
-        raise ValueError(f"the example must be one or more tensors that are not empty; got {[type(x).__name__ for x in inputs]}")
-    return tuple(x.detach().cpu() for x in inputs)
+def _checked(example: Example) -> Inputs:
+    positional, named = arguments(example)
+    inputs = (*positional, named) if named else positional
+    tensors = _pytree.tree_leaves(inputs)
+    if not tensors or not all(isinstance(x, Tensor) and x.numel() for x in tensors):
+        raise ValueError(f"the example must be one or more tensors that are not empty; got {[type(x).__name__ for x in tensors]}")
+    return _each(inputs, lambda x: x.detach().cpu())
 
 
-def _batch(inputs: tuple[Tensor, ...]) -> int:
+def _each(inputs: Inputs, change: Callable[[Tensor], Any]) -> Inputs:
+    return _pytree.tree_map(change, inputs)
+
+
+def _batch(inputs: Inputs) -> int:
     """The number of examples, or 0 where the inputs do not share their first dimension."""
-    sizes = {len(x) if x.ndim else 0 for x in inputs}
+    sizes = {len(x) if x.ndim else 0 for x in _pytree.tree_leaves(inputs)}
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.onnx.ONNXProgram, str]:
-    """The program and, where it takes one batch size only, the reason."""
+def _length(inputs: Inputs) -> int:
+    """The number of positions of sequences of whole numbers, or 0 where there are none or of several lengths."""
+    sizes = {x.shape[1] for x in _pytree.tree_leaves(inputs) if _sequence(x)}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _sequence(x: Tensor) -> bool:
+    return x.ndim == 2 and not x.is_floating_point() and not x.is_complex()
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram, str, bool]:
+    """The program; where it takes one batch size only, the reason; and whether it takes sequences of any length."""
     why = "its inputs do not share their first dimension"
     if size := _batch(inputs):
         several = _resized(inputs, max(2, size))  # the exporter takes a size of 1 for a constant
+        if _length(inputs) > 1:
+            with suppress(Exception):  # of a model whose code holds the length; the exporter raises whatever that raises
+                return _program(model, several, any_batch(model, several, lengths=True)), "", True
         try:
-            return _program(model, several, any_batch(model, len(inputs))), ""
+            return _program(model, several, any_batch(model, several)), "", False
         except Exception as error:  # the exporter raises whatever the model's own code raises
             why = first_line(error)
     try:
-        return _program(model, inputs, None), why
+        return _program(model, inputs, None), why, False
     except Exception as error:
         raise ValueError(
             f"the model cannot be exported to ONNX: {first_line(error)}; the exception that caused this one shows where"
         ) from error
 
 
-def any_batch(model: nn.Module, inputs: int) -> tuple[Any, ...]:
-    """Dimension 0 of every input left open; a parameter like ``*inputs`` counts as one."""
-    shapes = tuple({0: Dim("batch")} for _ in range(inputs))
-    parameters = inspect.signature(model.forward).parameters.values()
-    return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
+def any_batch(model: nn.Module, inputs: Inputs, *, lengths: bool = False) -> dict[str, Any]:
+    """Dimension 0 of every input left open, and with ``lengths`` dimension 1 of sequences, by the parameters of ``forward``."""
+    batch = {0: Dim("batch")}
+    shape = lambda x: {**batch, 1: Dim.DYNAMIC} if lengths and _sequence(x) else batch  # noqa: E731
+    positional, named = _pytree.tree_map(shape, arguments(inputs))
+    return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)
 
 
-def _program(model: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.onnx.ONNXProgram:
-    graph = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+def _program(model: nn.Module, inputs: Inputs, shapes: Any) -> torch.onnx.ONNXProgram:
+    positional, named = arguments(inputs)
+    graph = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
     program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False)
     if program is None:
         raise RuntimeError("PyTorch's exporter returned nothing")
     return program
 
 
-def _trials(inputs: tuple[Tensor, ...], *, dynamic: bool) -> list[tuple[Tensor, ...]]:
-    """The example itself, random inputs like it and, where the file takes them, random inputs of another batch size."""
+def _trials(inputs: Inputs, *, dynamic: bool, lengths: bool) -> list[Inputs]:
+    """The example itself, random inputs like it and, where the file takes them, of another batch size and another length."""
     generator = torch.Generator().manual_seed(0)
-    like = [tuple(_random_like(x, generator) for x in inputs)]
+    like = [_each(inputs, lambda x: _random_like(x, generator))]
     if dynamic:
-        like.append(tuple(_random_like(x, generator) for x in _resized(inputs, _batch(inputs) + 3)))
+        other = _resized(inputs, _batch(inputs) + 3)
+        other = _each(other, lambda x: torch.cat([x, x[:, :3]], 1) if lengths and _sequence(x) else x)
+        like.append(_each(other, lambda x: _random_like(x, generator)))
     return [inputs, *like]
 
 
-def _compare(model: nn.Module, path: Path, trials: list[tuple[Tensor, ...]], tolerance: float) -> Agreement:
+def _compare(model: nn.Module, path: Path, trials: list[Inputs], tolerance: float) -> Agreement:
     session = open_session(path)
-    names = [i.name for i in session.get_inputs()]
     absolute, relative = [0.0], [0.0]
     for inputs in trials:
-        wanted = [x.detach().numpy() for x in _pytree.tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
-        found = _run(session, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
+        wanted = [x.detach().numpy() for x in _pytree.tree_leaves(call(model, inputs)) if isinstance(x, Tensor)]
+        found = _run(session, feeds(path.name, session, _each(inputs, Tensor.numpy)))
         if [w.shape for w in wanted] != [f.shape for f in found]:
             raise ValueError(
                 f"the file's outputs have shapes {[f.shape for f in found]}, the model's {[w.shape for w in wanted]}; no file was left"
@@ -149,9 +181,24 @@ def _compare(model: nn.Module, path: Path, trials: list[tuple[Tensor, ...]], tol
             f"the file disagrees with the model by {max(relative):.2g} of the largest output, more than the tolerance of {tolerance:g}; "
             "is the model random in eval mode, or does it act on the values of its inputs?  No file was left"
         )
-    sizes = tuple(sorted({_batch(t) for t in trials}))
+    sizes, lengths = (tuple(sorted({count(t) for t in trials} - {0})) for count in (_batch, _length))
     batch = "dynamic" if len(sizes) > 1 else "static"
-    return Agreement(max(absolute), max(relative), tolerance, batch, sizes, path.stat().st_size, OPSET, versions())
+    return Agreement(max(absolute), max(relative), tolerance, batch, sizes or (0,), path.stat().st_size, OPSET, versions(), lengths)
+
+
+def feeds(file: str, session: onnxruntime.InferenceSession, inputs: Any) -> dict[str, Any]:
+    """What a session is given: keyword inputs under their names, the others in order.
+
+    Raises:
+        ValueError: if the file takes others.
+    """
+    positional, named = arguments(inputs)
+    wanted = [i.name for i in session.get_inputs()]
+    rest = [name for name in wanted if name not in named]
+    if len(rest) != len(positional) or len(wanted) != len(positional) + len(named):
+        given = [*(["unnamed"] * len(positional)), *named]
+        raise ValueError(f"{file} takes {len(wanted)} inputs ({', '.join(wanted)}), the example has {len(given)} ({', '.join(given)})")
+    return {**dict(zip(rest, positional, strict=True)), **named}
 
 
 def _difference(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -192,16 +239,17 @@ def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray])
         raise ValueError(f"the file fails in ONNX Runtime on inputs {[x.shape for x in feeds.values()]}: {first_line(error)}") from error
 
 
-def _resized(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    rows = torch.arange(size) % len(inputs[0])
-    return tuple(x[rows].contiguous() for x in inputs)
+def _resized(inputs: Inputs, size: int) -> Inputs:
+    return _each(inputs, lambda x: x[torch.arange(size) % len(x)].contiguous())
 
 
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers of the mean and deviation of ``x``, or, for integers, values drawn from those that ``x`` holds."""
+    """Normal numbers of the mean and deviation of ``x``; for integers, values drawn from those that ``x`` holds; rows of a mask."""
     if x.is_floating_point():
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         return (x.double().mean() + noise * x.double().std(correction=0)).to(x.dtype)
+    if _sequence(x) and not ((x != 0) & (x != 1)).any():  # at random, all of an example might be masked
+        return x[torch.randint(len(x), x.shape[:1], generator=generator)]
     return x.flatten()[torch.randint(x.numel(), x.shape, generator=generator)]
 
 

@@ -58,7 +58,7 @@ def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     graph, example = lower(module), example_of(inputs)
     try:
         with evaluating(graph), quiet(), torch.no_grad():
-            exported = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, len(example)), strict=False)
+            exported = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, example), strict=False)
             return exported.run_decompositions(dict(DECOMPOSITIONS))
     except Exception as error:  # the exporter raises whatever it meets
         raise ValueError(f"the quantized graph cannot be exported: {first_line(error)}") from error

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .onnx import evaluating, open_session
+from ..objective import call
+from .onnx import evaluating, feeds, open_session
 
 
 class Running(nn.Module):
@@ -23,14 +24,13 @@ class Running(nn.Module):
         super().__init__()
         self.session = open_session(Path(path), threads)
         with evaluating(model), torch.no_grad():
-            leaves, self.form = _pytree.tree_flatten(model(*example))
+            leaves, self.form = _pytree.tree_flatten(call(model, example))
         self.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The outputs for a batch."""
-        names = (i.name for i in self.session.get_inputs())
-        given = {name: x.detach().contiguous().numpy() for name, x in zip(names, inputs, strict=True)}
-        found = iter(self.session.run(None, given))
+        given = feeds("the file", self.session, (*inputs, named))
+        found = iter(self.session.run(None, {name: x.detach().contiguous().numpy() for name, x in given.items()}))
         leaves = [torch.from_numpy(next(found)) if is_tensor else c for is_tensor, c in zip(self.tensors, self.constants, strict=True)]
         return _pytree.tree_unflatten(leaves, self.form)

@@ -14,6 +14,7 @@ from .joint import joint_rise
 from .quadratic import diagonal, hessian_trace, mask_curvature, second_order
 from .reconstruction import reconstruction
 from .simple import magnitude, measured, random, taylor
+from .slopes import gate_gradient, michel, nvit
 
 __all__ = [
     "LOSS_UNIT",
@@ -81,7 +82,20 @@ def score(
         model.train(training)
 
 
-_ALL = (mask_curvature, reconstruction, second_order, diagonal, hessian_trace, measured, taylor, magnitude, random)
+_ALL = (
+    mask_curvature,
+    reconstruction,
+    second_order,
+    diagonal,
+    hessian_trace,
+    measured,
+    taylor,
+    nvit,
+    gate_gradient,
+    michel,
+    magnitude,
+    random,
+)
 METHODS: Mapping[str, Callable[[nn.Module, Structure, Task], Scores]] = {f.__name__: f for f in _ALL}
 SHARED = (hessian_trace.__name__, mask_curvature.__name__, diagonal.__name__)
 """Methods whose samples several processes can share out."""
