@@ -45,7 +45,7 @@ def gate_gradient(model: nn.Module, structure: Structure, task: Task) -> Scores:
 
 def michel(model: nn.Module, structure: Structure, task: Task) -> Scores:
     """:func:`gate_gradient`, each group (the heads of a layer) divided by its L2 norm, as Michel et al. do before ranking all layers."""
-    found = gradient(model, structure, task)
+    found = gate_gradient(model, structure, task)
     norms = {g: float(np.linalg.norm(v)) or 1.0 for g, v in found.values.items()}
     values, errors = ({g: v / norms[g] for g, v in part.items()} for part in (found.values, found.stderr))
     return Scores(values, errors, "michel", RELATIVE_UNIT, found.samples, task.seed)
