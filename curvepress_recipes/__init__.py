@@ -1,3 +1,3 @@
 """Tasks that come with curvepress, one file each; every one is an example of how to write your own."""
 
-__all__ = ["cifar10", "digits"]
+__all__ = ["cifar10", "digits", "imagenette"]
