@@ -34,9 +34,9 @@ BATCHES = (1, 32)
 
 def latency(network: str, batches: list[int], runtimes: list[str]) -> Iterator[records.Record]:
     """Records of every file, on one thread."""
-    ours = MODELS / f"{network}-w8a8-ptq-adaptive-0.onnx"
+    ours = MODELS / f"{network}-w8a8-ptq-nearest-0.onnx"
     if not ours.exists():
-        raise SystemExit(f"{ours} is not there: run python -m benchmarks.quantization ptq --networks {network}")
+        raise SystemExit(f"{ours} is not there: run python -m benchmarks.quantization ptq --rounding nearest --networks {network}")
     paths = {"float": original(network), "w8a8": ours}
     paths |= {name: path for name in peers.PEERS if (path := MODELS / f"{network}-{name}.onnx").exists()}
     x = next(iter(NETWORKS[network].test()))[0][:32].contiguous().numpy()
