@@ -27,7 +27,7 @@ from .objective import batch_loss
 from .options import one_of
 from .pipeline import assist, check_budget, costs, keep_stage, run_stage
 from .planner import PER
-from .quantization import QUANTIZED, check_choice, source_files
+from .quantization import QUANTIZED, check_choice, check_exports, source_files
 from .recipe import Recipe, load_recipe
 from .runs import FLOWS, QUANTIZATION, Run, create, open_run, require, sweep
 from .scores import METHODS, SHARED
@@ -236,9 +236,11 @@ def quantize(
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
     ranges: options.Ranges = "mse", calibration: options.Calibration = 512, group: options.GroupSize = None,
     dynamic: options.Dynamic = False, epochs: options.TrainingEpochs = None, lr: options.TrainingLr = None,
-    distill: options.Teaching = None, option: Options = None, data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    distill: options.Teaching = None, exports: options.Exports = None, option: Options = None, data: Data = None,
+    seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
+    check_exports(exports or [])
     choice = bit_choice(bits, average, bytes, bops, bits_file, activations=activations or [8], target=target)
     task, files, folder = _source(source, out, _pairs(option, data))
     recovery = {"epochs": epochs, "lr": lr, "distill": distill}
@@ -249,7 +251,7 @@ def quantize(
         "choose": {**choice, "group": group, "dynamic": dynamic},
         "quantize": {**tuning(task, {**QAT, **{k: v for k, v in recovery.items() if v is not None}}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
-        "deploy": {"batches": list(BATCHES), **common},
+        "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},
     }  # fmt: skip
     torch.set_num_threads(threads)
     with _started(folder, task) as run:

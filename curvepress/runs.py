@@ -29,10 +29,11 @@ RECIPE = "recipe"
 
 @dataclass(frozen=True)
 class Flow:
-    """The files of the run folder that a stage reads and writes."""
+    """The files of the run folder that a stage reads and writes, and those it ``may`` write where it is asked to."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    may: tuple[str, ...] = ()
 
 
 _ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json")
@@ -58,11 +59,12 @@ QUANTIZATION: Mapping[str, Flow] = {
     "deploy": Flow(
         (*_FLOAT, "prices.json", "bits.json", "quantized.safetensors", "quantization.json"),
         ("float.onnx", "quantized.onnx", "quantized.json"),
+        ("quantized.pt2",),
     ),
 }
 """The stages of quantization, likewise."""
 _FLOWS = {**FLOWS, **QUANTIZATION}
-_MAKER = {name: stage for stage, flow in _FLOWS.items() for name in flow.writes}
+_MAKER = {name: stage for stage, flow in _FLOWS.items() for name in (*flow.writes, *flow.may)}
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def command(run: Run, stage: str) -> str:
 def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> Run:
     """Record a finished stage; its checkpoints are no longer needed."""
     flow = _FLOWS[stage]
-    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (flow.reads, flow.writes))
+    written = (*flow.writes, *(name for name in flow.may if (run.folder / name).exists()))
+    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (flow.reads, written))
     stages = {**run.stages, stage: Entry(_plain(settings), inputs, outputs, asdict(taken))}
     run = replace(run, stages={name: stages[name] for name in _FLOWS if name in stages})
     _write(run)

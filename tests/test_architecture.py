@@ -53,7 +53,7 @@ TABLE = {
     "findings": "plan costs artifacts report desk runs",
     "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
     "bitwidths allocation requantization",
-    "options": "allocation bitwidths requantization",
+    "options": "allocation bitwidths requantization quantization",
     "pipeline": "everything but terminal options cli",
     "terminal": "structure costs report desk pipeline",
     "cli": "everything",

@@ -80,7 +80,7 @@ def test_damaged_files_and_missing_runtimes_say_so(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.onnx cannot be opened"):
         count_kernels(tmp_path / "a.onnx", module)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ValueError, match="pip install openvino"):
+    with pytest.raises(ValueError, match="pip install"):
         check_in_openvino(tmp_path / "a.onnx", module, data)
     with pytest.raises(ValueError, match="no batches"):
         to_integer_onnx(module, [], tmp_path / "b.onnx")

@@ -67,7 +67,8 @@ def to_integer_onnx(
         if not (found.same >= least_same or found.mean <= rounding_change(module, data) / 2):
             raise ValueError(
                 f"ONNX Runtime gives the same prediction as the simulation for {found.same:.2f}% of {found.examples} examples, less than "
-                f"{least_same:g}%, and its outputs differ by {found.mean:.2g} on average; give more examples if these are few, or report the model; no file was left"
+                f"{least_same:g}%, and its outputs differ by {found.mean:.2g} on average; give more examples if these are few, or report "
+                "the model; no file was left"
             )
         os.replace(written, path)
     return found
