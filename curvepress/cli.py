@@ -235,9 +235,9 @@ def quantize(
     price: options.PriceOf = "direction", price_examples: options.PriceExamples = 512,
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
     ranges: options.Ranges = "mse", calibration: options.Calibration = 512, group: options.GroupSize = None,
-    dynamic: options.Dynamic = False, epochs: options.TrainingEpochs = None, lr: options.TrainingLr = None,
-    distill: options.Teaching = None, exports: options.Exports = None, option: Options = None, data: Data = None,
-    seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    dynamic: options.Dynamic = False, asymmetric: options.Asymmetric = False, epochs: options.TrainingEpochs = None,
+    lr: options.TrainingLr = None, distill: options.Teaching = None, exports: options.Exports = None, option: Options = None,
+    data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
     check_exports(exports or [])
@@ -247,8 +247,9 @@ def quantize(
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
-        "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [], **common},
-        "choose": {**choice, "group": group, "dynamic": dynamic},
+        "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
+                  "asymmetric": asymmetric, **common},
+        "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
         "quantize": {**tuning(task, {**QAT, **{k: v for k, v in recovery.items() if v is not None}}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
         "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},

@@ -86,7 +86,7 @@ def float_model(desk: Desk) -> nn.Module:
 
 def _price(desk: Desk, settings: Settings) -> None:
     recipe = desk.recipe
-    given = {k: settings[k] for k in ("price", "in_float", "temperature", "seed")}
+    given = {k: settings[k] for k in ("price", "in_float", "asymmetric", "temperature", "seed")}
     batches = recipe.batches("calibration", seed=settings["seed"])
     stop = Stop(examples=settings["examples"])
     prices = bit_prices(float_model(desk), recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
@@ -102,7 +102,7 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 def _choose(desk: Desk, settings: Settings) -> None:
     found = chosen(load_prices(desk), settings)
-    bits = replace(found.bits, group=settings["group"], dynamic=settings["dynamic"])
+    bits = replace(found.bits, **{k: settings[k] for k in ("group", "dynamic", "asymmetric")})
     write_text(desk.path("bits.json"), dumps(json.loads(bits.to_json())))
 
 

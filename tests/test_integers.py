@@ -11,7 +11,8 @@ from curvepress.export.integers import to_integer_onnx
 from curvepress.export.kernels import count_kernels
 from curvepress.export.openvino import check_in_openvino
 from curvepress.export.program import to_program
-from curvepress.quantized import Bits, calibrate, quantize
+from curvepress.quantized import Bits, calibrate, packed, quantize
+from curvepress.quantized.modules import WeightQuantizer, quantizers
 from tests import zoo
 
 EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"
@@ -48,6 +49,30 @@ def test_files_run_on_integers_and_agree(name: str, kernels: str | None, tmp_pat
 def test_low_bits_are_exact_and_saturate_where_the_simulation_does(tmp_path):
     module, data = quantized("resnet_padded", Bits(weight=3, product=3, sum=4))
     assert to_integer_onnx(module, [(10 * data[0][0], None)], tmp_path / "a.onnx").error < 1e-4
+
+
+def test_weights_with_zero_points_are_stored_without_and_run_on_the_same_kernels(tmp_path):
+    module, data = quantized("resnet_padded", Bits(weights={"stem.0.weight": 8}, weight=3, asymmetric=True))
+    zeros = {q.name: bool(q.grid.zero_point.any()) for q in quantizers(module) if isinstance(q, WeightQuantizer)}
+    assert [name for name, some in zeros.items() if not some] == ["stem.0.weight"]  # less its zero point a level of 8 bits needs nine
+    found = to_integer_onnx(module, data, tmp_path / "a.onnx")
+    assert found.error < 1e-4 and not found.kernels.float and found.kernels.integer == found.kernels.total
+    assert to_program(module, data, tmp_path / "a.pt2").error == 0
+    packed.save(module, tmp_path / "a.safetensors")
+    again = packed.load(zoo.make("resnet_padded").model.float(), data[0][0], tmp_path / "a.safetensors")
+    assert torch.equal(again(data[0][0]), module(data[0][0]))
+
+
+def test_zero_points_halve_the_error_of_lopsided_weights():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.rand(8, 3, 3, 3) + 0.02)
+    apart = []
+    for asymmetric in (False, True):
+        module = calibrate(quantize(model, Bits(weight=3, product=None, sum=None, asymmetric=asymmetric), x), [(x, None)]).eval()
+        apart.append((module(x) - model(x)).square().mean().item())
+    assert apart[1] < apart[0] / 2
 
 
 def test_what_is_left_in_float_is_named_with_its_reason(tmp_path):
