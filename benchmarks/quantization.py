@@ -2,8 +2,9 @@
 
     python -m benchmarks.quantization ptq --networks ResNet-20 ResNet-56 EfficientNet-Lite0      # minutes
     python -m benchmarks.quantization peers --networks ResNet-20 ResNet-56 EfficientNet-Lite0    # those that are installed
-    python -m benchmarks.quantization qat --configurations w4a8 w4a4 mixed3      # resumes after every epoch; --minutes ends it between two
+    python -m benchmarks.quantization qat --configurations w4a8 w4a4 mixed3 --eighths 16      # two epochs; resumes after every eighth
     python -m benchmarks.quantization table
+    python -m benchmarks.quantization required    # the figures that were asked for
 
 Latency and the cost of a training step are measured by ``benchmarks.quantization_speed``.  Figures are of the test images, which no
 choice looks at; calibration uses training images, drawn at random.  Needs the data of the recipes ``cifar10`` and ``imagenette``
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from benchmarks import bits as chosen
 from benchmarks import quantizers as peers
 from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS, float_accuracy, labels, original, percent, predictions, simulated
-from benchmarks.quantization_table import table
+from benchmarks.quantization_table import required, table
 from curvepress.export.integers import to_integer_onnx
 from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
 from curvepress.requantization import ROUNDINGS, requantize
@@ -35,7 +38,8 @@ from curvepress.training import Epoch, fit
 FILE = Path(__file__).parent / "results" / "quantization.jsonl"
 EXAMPLES = 512
 """Training images that activations are calibrated on."""
-TRAINING = {"epochs": 2, "lr": 0.002, "weight_decay": 1e-4, "distill_weight": 0.9, "temperature": 4.0, "clip_norm": 1.0}
+EIGHTH = 8
+TRAINING = {"lr": 0.002, "weight_decay": 1e-4, "distill_weight": 0.9, "temperature": 4.0, "clip_norm": 1.0}
 
 
 def bits(network: str, configuration: str) -> Bits:
@@ -63,11 +67,24 @@ def ptq(network: str, configuration: str, rounding: str, seed: int) -> records.R
     return records.once(FILE, key, lambda: _tested(_calibrated(key), key))
 
 
-def qat(network: str, configuration: str, rounding: str, seed: int, **options: Any) -> records.Record:
-    """Train what calibration gave, with the float network as the teacher; export, and test in ONNX Runtime."""
-    minutes = options.pop("minutes")
-    key = {"network": network, "configuration": configuration, "method": "qat", "rounding": rounding, "seed": seed, **TRAINING, **options}
+def qat(network: str, configuration: str, rounding: str, seed: int, *, eighths: int, lr: float, minutes: float) -> records.Record:
+    """Train what calibration gave for eighths of an epoch, with the float network as the teacher; export, and test in ONNX Runtime."""
+    what = {"network": network, "configuration": configuration, "method": "qat", "rounding": rounding, "seed": seed}
+    key = {**what, "eighths": eighths, **TRAINING, "lr": lr}
     return records.once(FILE, key, lambda: _trained(key, minutes))
+
+
+@dataclass(frozen=True)
+class Eighth:
+    """The first eighth of the batches of an epoch, which are in another order each time."""
+
+    batches: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.batches) // EIGHTH
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), len(self))
 
 
 def _calibrated(key: records.Record) -> nn.Module:
@@ -85,18 +102,33 @@ def _trained(key: records.Record, minutes: float) -> records.Record:
 
     def progress(epoch: Epoch) -> None:
         print(epoch, flush=True)
-        if epoch.epoch < key["epochs"] and time.monotonic() - start + epoch.seconds > 60 * minutes:
+        if epoch.epoch < key["eighths"] and time.monotonic() - start + epoch.seconds > 60 * minutes:
             sys.exit(f"{minutes:g} minutes are nearly over; the same command goes on")
 
-    folder = MODELS / _label(key)
     trained = fit(
-        _calibrated(key), of.recipe.loss, of.train, teacher=of.model(), seed=key["seed"], checkpoints=folder, progress=progress, **settings
+        _start(key),
+        of.recipe.loss,
+        lambda seed: Eighth(of.train(seed)),
+        epochs=key["eighths"],
+        teacher=of.model(),
+        seed=key["seed"],
+        checkpoints=MODELS / _label(key),
+        progress=progress,
+        **settings,
     )
     return {"train_seconds": sum(e.seconds for e in trained.history)} | _tested(trained.model, key)
 
 
+def _start(key: records.Record) -> nn.Module:
+    """What calibration gave, from the file of ``ptq`` where there is one."""
+    of, path = NETWORKS[key["network"]], MODELS / f"{_label({**key, 'method': 'ptq'})}.safetensors"
+    if not path.exists():
+        packed.save(_calibrated(key), path)
+    return packed.load(of.model(), of.recipe.example(), path)
+
+
 def _label(key: records.Record) -> str:
-    trained = f"-{key['epochs']}-{key['lr']}" if key["method"] == "qat" else ""
+    trained = f"-{key['eighths']}-{key['lr']}" if key["method"] == "qat" else ""
     return f"{key['network']}-{Path(key['configuration']).stem}-{key['method']}-{key['rounding']}-{key['seed']}{trained}"
 
 
@@ -144,23 +176,25 @@ def _peer(network: str, name: str, write: Callable[..., None]) -> records.Record
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("ptq", "qat", "peers", "table"))
+    parser.add_argument("what", choices=("ptq", "qat", "peers", "table", "required"))
     parser.add_argument("--networks", nargs="+", default=["ResNet-20"], choices=NETWORKS)
     parser.add_argument("--configurations", nargs="+", default=["w8a8"], help="w4a8 and so on, mixed3, or JSON files of bits")
     parser.add_argument("--rounding", default="adaptive", choices=ROUNDINGS)
     parser.add_argument("--peers", nargs="+", default=[*peers.PEERS], choices=peers.PEERS)
-    parser.add_argument("--epochs", type=int, default=TRAINING["epochs"])
+    parser.add_argument("--eighths", type=int, default=2 * EIGHTH, help="of an epoch that is trained for")
     parser.add_argument("--lr", type=float, default=TRAINING["lr"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of training, at most: ends between two epochs")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of training, at most: ends between two eighths")
     o = parser.parse_args()
     torch.set_num_threads(1)
     if o.what == "table":
         return table(records.read(FILE))
+    if o.what == "required":
+        return required(*(records.read(FILE.parent / f"{name}.jsonl") for name in ("quantization", "quantization_speed", "bits")))
     for network in o.networks:
         print(network, "in float", float_accuracy(FILE, network), flush=True)
         for configuration in o.configurations if o.what in ("ptq", "qat") else ():
-            options = {} if o.what == "ptq" else {"epochs": o.epochs, "lr": o.lr, "minutes": o.minutes}
+            options = {} if o.what == "ptq" else {"eighths": o.eighths, "lr": o.lr, "minutes": o.minutes}
             print({"ptq": ptq, "qat": qat}[o.what](network, configuration, o.rounding, o.seed, **options), flush=True)
         for name in o.peers if o.what == "peers" else ():
             print(peer(network, name), flush=True)
