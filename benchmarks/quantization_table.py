@@ -33,7 +33,7 @@ def _epochs(r: Record) -> str:
 
 def required(rows: Sequence[Record], speed: Sequence[Record], bits: Sequence[Record]) -> None:
     """Print each figure that was asked for beside the one that was measured."""
-    lines = [*_drops(rows), *_mixed(bits), *_exactness(rows), *_latencies(speed), *_step(speed), *_bytes(rows)]
+    lines = [*_drops(rows), *_peers(rows), *_mixed(bits), *_exactness(rows), *_latencies(speed), *_step(speed), *_bytes(rows)]
     show(("figure", "required", "measured"), lines)
 
 
@@ -54,6 +54,13 @@ def _drops(rows: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     for what, network, configuration, limit in asked:
         cells = [_drop(_best(rows, network, configuration, method), floats.get(network, 0.0)) for method in ("ptq", "qat")]
         yield f"{what}: drop", f"≤ {limit}", "; ".join(c for c in cells if c) or "not measured"
+
+
+def _peers(rows: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    floats = _floats(rows)
+    for r in (r for r in rows if r["method"] not in ("none", "ptq", "qat")):
+        found = r.get("missing") or f"{floats[r['network']] - r['accuracy']:+.2f} ({r['accuracy']:.2f} %; {r['kernels']})"
+        yield f"{r['network']}, W8A8 by {r['method']}, for comparison: drop", "–", found
 
 
 def _drop(r: Record | None, original: float) -> str:
@@ -89,7 +96,8 @@ def _latencies(rows: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     for r in (r for r in rows if (r.get("runtime"), r.get("batch")) in asked):
         what, limit = asked[r["runtime"], r["batch"]]
         ours = r["files"]["w8a8"]
-        found = f"{ours['cpu_faster']:.2f} by processor time, {ours['faster']:.2f} by the clock"
+        others = [f"{name}'s file {t['cpu_faster']:.2f}" for name, t in r["files"].items() if name not in ("float", "w8a8")]
+        found = "; ".join((f"{ours['cpu_faster']:.2f} by processor time, {ours['faster']:.2f} by the clock", *others))
         yield f"{r['network']}, W8A8 against float, {what}, one thread", limit, found
 
 
