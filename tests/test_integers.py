@@ -75,6 +75,29 @@ def test_zero_points_halve_the_error_of_lopsided_weights():
     assert apart[1] < apart[0] / 2
 
 
+class OneSided(nn.Module):
+    """Zeros to the right and below, as TensorFlow pads strided convolutions; the same image is read without them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.padded, self.plain = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.padded(nn.functional.pad(x, (0, 1, 2, 3))).mean((2, 3)) + self.plain(x).mean((2, 3))
+
+
+def test_zeros_around_an_image_are_padding_of_the_convolution_that_reads_it(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    module = calibrate(quantize(OneSided(), Bits(), x), [(x, None)]).eval()
+    found = to_integer_onnx(module, [(x, None)], tmp_path / "a.onnx")
+    assert found.error < 1e-5 and str(found.kernels) == "3 of 3 convolutions integer"
+    nodes = onnx.load(tmp_path / "a.onnx").graph.node
+    assert "Pad" not in {n.op_type for n in nodes}
+    assert [2 + 1, 0 + 1, 3 + 1, 1 + 1] in [list(a.ints) for n in nodes for a in n.attribute if a.name == "pads"]
+
+
 def test_what_is_left_in_float_is_named_with_its_reason(tmp_path):
     module, data = quantized("resnet_padded", Bits(weights={"stem.0.weight": None}))
     found = to_integer_onnx(module, data, tmp_path / "a.onnx").kernels
