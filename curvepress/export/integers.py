@@ -53,18 +53,18 @@ def to_integer_onnx(
     is run in ONNX Runtime on the batches until ``examples`` were seen; it gets its name only if it agrees.
 
     Deep networks agree less: where a value lies between two levels, the last bit of a sum decides, and every later rounding makes such
-    a difference larger, up to a part of what rounding itself changes.  A file within half of that passes whatever its predictions are.
+    a difference larger, up to a part of what rounding itself changes.  A file that differs by no more than that passes.
 
     Raises:
         ValueError: if a site was not calibrated, the graph cannot be exported, or fewer than ``least_same`` percent of the
-            predictions are the same and outputs differ by more than half of what rounding changes; no file is left then.
+            predictions are the same and outputs differ by more than what rounding changes; no file is left then.
     """
     path = Path(path)
     data = take(batches, examples)
     with temporary(path) as written:
         onnx.save(_integer_model(module, data[0]), written)
         found = _agreement(module, written, data, threads)
-        if not (found.same >= least_same or found.mean <= rounding_change(module, data) / 2):
+        if not (found.same >= least_same or found.mean <= rounding_change(module, data)):
             raise ValueError(
                 f"ONNX Runtime gives the same prediction as the simulation for {found.same:.2f}% of {found.examples} examples, less than "
                 f"{least_same:g}%, and its outputs differ by {found.mean:.2g} on average; give more examples if these are few, or report "
