@@ -1,6 +1,7 @@
-"""What bits chosen by curvature are worth on ResNet-20: mixed against uniform bits of the same bytes, prices, and rounding.
+"""What bits chosen by curvature are worth: mixed against uniform bits of the same bytes, prices, and rounding.
 
-    python -m benchmarks.bits measure      # half an hour on one core; resumes
+    python -m benchmarks.bits measure                                                   # half an hour on one core; resumes
+    python -m benchmarks.bits measure --networks ResNet-56 --averages 3 --roundings nearest
     python -m benchmarks.bits table
 
 Weights have 2 to 8 bits, activations 8, nothing is trained: accuracy is that of the simulation on the test images, which no choice
@@ -12,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks import records
+from benchmarks.networks import NETWORKS
 from curvepress.allocation import Allocation, allocate, uniform
 from curvepress.bitwidths import BitPrices, Price, bit_prices
 from curvepress.curvature import Stop
 from curvepress.quantized import calibrate, observe, quantize
 from curvepress.requantization import requantize
-from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "bits.jsonl"
 AVERAGES = (3, 2.5, 4)
@@ -36,28 +38,26 @@ ROUNDINGS = ("nearest", "adaptive", "compensated")
 EXAMPLES = 512
 
 
-def measure() -> None:
+def measure(networks: list[str], averages: list[float], roundings: list[str], choices: list[str]) -> None:
     """Measure every combination that has no record yet."""
     torch.set_num_threads(1)
-    for average in AVERAGES:
-        for rounding in ROUNDINGS:
-            for how in ("uniform", *PRICED, "reversed"):
-                if how != "uniform" or average == int(average):
-                    key = {"average": average, "rounding": rounding, "bits": how}
-                    print(records.once(FILE, key, lambda key=key: measured(**key)), flush=True)
+    for network, average, rounding, how in product(networks, averages, roundings, choices):
+        if how != "uniform" or average == int(average):
+            key = {"network": network, "average": average, "rounding": rounding, "bits": how}
+            print(records.once(FILE, key, lambda key=key: measured(**key)), flush=True)
 
 
-def measured(average: float, rounding: str, bits: str) -> records.Record:
+def measured(network: str, average: float, rounding: str, bits: str) -> records.Record:
     """Accuracy on the test images, what was predicted, and what was chosen."""
-    found = choice(average, bits)
-    module = quantize(recipe.model(), found.bits, recipe.example())
-    seen = observe(module, recipe.batches("calibration", seed=1), examples=EXAMPLES)
+    found, of = choice(network, average, bits), NETWORKS[network]
+    module = quantize(of.model(), found.bits, of.recipe.example())
+    seen = observe(module, of.calibration(1), examples=EXAMPLES)
     calibrate(module, seen)
-    requantize(module, recipe.batches("calibration", seed=1), method=rounding)
+    requantize(module, of.calibration(1), method=rounding)
     calibrate(module, seen)
     chosen = list(found.bits.weights.values())
     return {
-        **recipe.evaluate(module.eval(), "test"),
+        **of.recipe.evaluate(module.eval(), "test"),
         "predicted": found.rise,
         "bytes": found.bytes,
         "average_bits": found.average,
@@ -65,24 +65,21 @@ def measured(average: float, rounding: str, bits: str) -> records.Record:
     }
 
 
-def choice(average: float, bits: str) -> Allocation:
+def choice(network: str, average: float, bits: str) -> Allocation:
     """The bits, within the bytes that uniform bits take."""
+    found = prices(network, bits if bits in PRICED else "direction")
     if bits == "uniform":
-        return uniform(prices("direction"), int(average))
-    budget = int(sum(w.size for w in prices("direction").layout.weights) * average / 8)
-    if bits == "reversed":
-        return allocate(reversed_prices(prices("direction")), bytes=budget)
-    return allocate(prices(bits), bytes=budget)
+        return uniform(found, int(average))
+    budget = int(sum(w.size for w in found.layout.weights) * average / 8)
+    return allocate(reversed_prices(found) if bits == "reversed" else found, bytes=budget)
 
 
 @lru_cache
-def prices(how: str) -> BitPrices:
+def prices(network: str, how: str) -> BitPrices:
     """Prices from calibration images."""
-    price, temperature = PRICED[how]
-    batches = recipe.batches("calibration", seed=0)
-    return bit_prices(
-        recipe.model(), recipe.loss, batches, recipe.example(), price=price, temperature=temperature, stop=Stop(examples=EXAMPLES)
-    )
+    (price, temperature), of = PRICED[how], NETWORKS[network]
+    options = {"price": price, "temperature": temperature, "stop": Stop(examples=EXAMPLES)}
+    return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **options)
 
 
 def reversed_prices(given: BitPrices) -> BitPrices:
@@ -98,17 +95,26 @@ def reversed_prices(given: BitPrices) -> BitPrices:
 
 def table() -> None:
     """Print the table in Markdown."""
-    rows = {(r["average"], r["bits"], r["rounding"]): r for r in records.read(FILE)}
-    print(f"| mean bits | chosen by | {' | '.join(ROUNDINGS)} |\n|---|---|{'---|' * len(ROUNDINGS)}")
-    for average in sorted(AVERAGES, reverse=True):
-        for how in ("uniform", *PRICED, "reversed"):
-            found = [rows.get((average, how, rounding)) for rounding in ROUNDINGS]
-            accuracies = ["–" if r is None else f"{r['accuracy']:.2f}" for r in found]
-            if any(found):
-                print(f"| {average:g} | {how} | {' | '.join(accuracies)} |")
+    rows = {(r["network"], r["average"], r["bits"], r["rounding"]): r for r in records.read(FILE)}
+    print(f"| network | mean bits | chosen by | {' | '.join(ROUNDINGS)} |\n|---|---|---|{'---|' * len(ROUNDINGS)}")
+    for network, average, how in product(NETWORKS, sorted(AVERAGES, reverse=True), ("uniform", *PRICED, "reversed")):
+        found = [rows.get((network, average, how, rounding)) for rounding in ROUNDINGS]
+        accuracies = ["–" if r is None else f"{r['accuracy']:.2f}" for r in found]
+        if any(found):
+            print(f"| {network} | {average:g} | {how} | {' | '.join(accuracies)} |")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "table"))
+    parser.add_argument("--networks", nargs="+", default=["ResNet-20"], choices=NETWORKS)
+    parser.add_argument("--averages", nargs="+", type=float, default=[*AVERAGES])
+    parser.add_argument("--roundings", nargs="+", default=[*ROUNDINGS], choices=ROUNDINGS)
+    parser.add_argument("--choices", nargs="+", default=["uniform", *PRICED, "reversed"])
+    o = parser.parse_args()
+    return table() if o.what == "table" else measure(o.networks, o.averages, o.roundings, o.choices)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "table"))
-    {"measure": measure, "table": table}[parser.parse_args().what]()
+    main()

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from . import curvature
 from .curvature import Activation, Direction, Measure, Stop
 from .objective import Batches, Loss
-from .quantized import Bits, Layout, Product, Site, Weight, layout, observe, quantize, switch
+from .quantized import Bits, Layout, Product, Site, Weight, layout, observe, quantize, switch, weight_scheme
 from .quantized.modules import ActivationQuantizer
 from .quantizer import Histogram, Scheme, fake_quantize, fit_grid, squared_error
 
@@ -64,6 +64,7 @@ def bit_prices(
     widths: Sequence[int] = WIDTHS,
     price: str = "direction",
     in_float: Collection[str] = (),
+    asymmetric: bool = False,
     estimator: str = "auto",
     temperature: float = 1.0,
     stop: Stop | None = None,
@@ -76,6 +77,7 @@ def bit_prices(
         batches: gone through twice: for the ranges of activations (:data:`EXAMPLES` examples) and for the curvature.
         price: of weights: ``direction`` or ``trace`` (HAWQ-V2), see the module.  Activations are priced by their trace.
         in_float: names of weights and sites that stay in float and get no price.
+        asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
         estimator, temperature, stop, seed, progress: as :func:`~.curvature.estimate` takes them.
 
     Raises:
@@ -87,7 +89,7 @@ def bit_prices(
     probe = _probe(model, example, in_float)
     seen = observe(probe, batches, examples=EXAMPLES)
     switch(probe, False)
-    modules, errors = _watched(probe), _rounding_errors(probe, widths)
+    modules, errors = _watched(probe), _rounding_errors(probe, widths, asymmetric)
     measures: dict[str, Measure] = {path: Activation(path) for paths in modules.values() for path in paths}
     for name, by_bits in errors.items():
         measures |= _measures(name, by_bits, price)
@@ -129,7 +131,7 @@ def left_in_float(bits: Bits, what: Layout, names: Collection[str]) -> Bits:
     return Bits(
         {**bits.weights, **dict.fromkeys(sorted(weights & set(names)))},
         {**bits.sites, **dict.fromkeys(sorted(sites & set(names)))},
-        bits.weight, bits.product, bits.sum, bits.group, bits.dynamic,
+        bits.weight, bits.product, bits.sum, bits.group, bits.dynamic, bits.asymmetric,
     )  # fmt: skip
 
 
@@ -150,14 +152,15 @@ def _watched(probe: fx.GraphModule) -> dict[str, list[str]]:
     return found
 
 
-def _rounding_errors(probe: fx.GraphModule, widths: Sequence[int]) -> dict[str, dict[int, Tensor]]:
+def _rounding_errors(probe: fx.GraphModule, widths: Sequence[int], asymmetric: bool) -> dict[str, dict[int, Tensor]]:
     """``Q(w) - w`` of every weight on the grid it would have at each number of bits."""
     found: dict[str, dict[int, Tensor]] = {}
     own, bits = dict(probe.named_parameters()), probe.meta["bits"]
     for weight in layout(probe).weights:
         if bits.of_weight(weight.name) is not None:
             w = own[weight.name].detach()
-            grids = {b: fit_grid(w, Scheme(b, axis=weight.axis), name=weight.name) for b in widths}
+            schemes = {b: weight_scheme(b, weight.axis, asymmetric=asymmetric) for b in widths}
+            grids = {b: fit_grid(w, scheme, name=weight.name) for b, scheme in schemes.items()}
             found[weight.name] = {b: fake_quantize(w, g) - w for b, g in grids.items()}
     return found
 

@@ -24,7 +24,7 @@ from .pipeline import assist, check_budget, costs
 from .plan import to_json
 from .planner import PER
 from .planning import drawn_frontier, picked
-from .quantization import QUANTIZED, check_choice
+from .quantization import QUANTIZED, check_choice, check_exports
 from .recipe import load_recipe
 from .recipe_files import shipped
 from .repairing import EXAMPLES
@@ -305,21 +305,24 @@ def quantize(
     price: options.PriceOf = "direction", price_examples: options.PriceExamples = 512,
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
     ranges: options.Ranges = "mse", calibration: options.Calibration = 512, group: options.GroupSize = None,
-    dynamic: options.Dynamic = False, epochs: options.TrainingEpochs = None, lr: options.TrainingLr = None,
-    distill: options.Teaching = None, option: Options = None, data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    dynamic: options.Dynamic = False, asymmetric: options.Asymmetric = False, epochs: options.TrainingEpochs = None,
+    lr: options.TrainingLr = None, distill: options.Teaching = None, exports: options.Exports = None, option: Options = None,
+    data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
+    check_exports(exports or [])
     choice = bit_choice(bits, average, bytes, bops, bits_file, activations=activations or [8], target=target)
     task, files, folder = source_of(source, out, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "distill": distill}
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
-        "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [], **common},
-        "choose": {**choice, "group": group, "dynamic": dynamic},
+        "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
+                  "asymmetric": asymmetric, **common},
+        "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
         "quantize": {**tuning(task, {**QAT, **{k: v for k, v in recovery.items() if v is not None}}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
-        "deploy": {"batches": list(BATCHES), **common},
+        "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},
     }  # fmt: skip
     torch.set_num_threads(threads)
     with started(folder, task) as run:

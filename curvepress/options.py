@@ -10,6 +10,7 @@ import typer
 
 from .allocation import TARGETS
 from .bitwidths import PRICES
+from .quantization import EXPORTS
 from .requantization import ROUNDINGS
 
 RANGES = ("mse", "minmax", "percentile")
@@ -57,6 +58,11 @@ Ranges = Annotated[str, one_of(HOW, "how ranges of activations are found", RANGE
 Calibration = Annotated[int, _in(HOW, "examples that activations are calibrated on", min=1)]
 GroupSize = Annotated[int | None, _in(HOW, "a scale for each run of so many inputs (linear layers)", "--group", min=1)]
 Dynamic = Annotated[bool, _in(HOW, "scales of activations from each token (linear layers)", "--dynamic")]
+Exports = Annotated[
+    list[str] | None,
+    _in(HOW, f"what is exported to, and compared there; repeated: {', '.join(EXPORTS)}; else onnx, which always is", "--export"),
+]
+Asymmetric = Annotated[bool, _in(HOW, "zero points for weights of fewer than 8 bits: better at 2 and 3 bits", "--asymmetric")]
 TrainingEpochs = Annotated[int | None, _in(TRAINING, "epochs, else 0", "--epochs", min=0)]
 TrainingLr = Annotated[float | None, _in(TRAINING, "learning rate, else 0.002", "--lr")]
 Teaching = Annotated[float | None, _in(TRAINING, "weight of learning from the float model, else 0.9", "--distill", min=0, max=1)]

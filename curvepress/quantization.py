@@ -6,7 +6,7 @@ What each reads and writes is listed in ``runs.QUANTIZATION``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from .curvature import Stop
 from .desk import Desk
 from .export import compare_latency, to_onnx
 from .export.integers import to_integer_onnx
+from .export.openvino import check_in_openvino, version_of_openvino
+from .export.program import to_program
 from .export.running import Running
 from .files import write_text
 from .metering import clock
@@ -41,6 +43,8 @@ QUANTIZED = {"format": "curvepress quantized model", "version": 1}
 CLIP_NORM = 1.0
 COMPARED = 256
 """Validation examples on which the file and the simulation are compared."""
+EXPORTS = ("onnx", "openvino", "pt2")
+"""``onnx`` is written in any case, ``openvino`` reads the same file, ``pt2`` is a program of ``torch.export``."""
 BUDGETS = ("bytes", "average", "bops")
 Model = tuple[nn.Module, Plan | None]
 
@@ -85,7 +89,7 @@ def float_model(desk: Desk) -> nn.Module:
 
 def _price(desk: Desk, settings: Settings) -> None:
     recipe = desk.recipe
-    given = {k: settings[k] for k in ("price", "in_float", "temperature", "seed")}
+    given = {k: settings[k] for k in ("price", "in_float", "asymmetric", "temperature", "seed")}
     batches = recipe.batches("calibration", seed=settings["seed"])
     stop = Stop(examples=settings["examples"])
     prices = bit_prices(float_model(desk), recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
@@ -101,7 +105,7 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 def _choose(desk: Desk, settings: Settings) -> None:
     found = chosen(load_prices(desk), settings)
-    bits = replace(found.bits, group=settings["group"], dynamic=settings["dynamic"])
+    bits = replace(found.bits, **{k: settings[k] for k in ("group", "dynamic", "asymmetric")})
     write_text(desk.path("bits.json"), dumps(json.loads(bits.to_json())))
 
 
@@ -144,6 +148,18 @@ def check_choice(desk: Desk, settings: Settings, in_float: list[str]) -> None:
     weights = {w.name: nothing for w in what.weights if bits.of_weight(w.name)}
     sites = {s.name: nothing for s in what.sites if bits.of_site(s) and not (s.weights and not weights.keys() & {*s.weights})}
     chosen(BitPrices(what, weights, sites), settings)
+
+
+def check_exports(exports: Sequence[str]) -> None:
+    """See whether what is asked for can be written.
+
+    Raises:
+        ValueError: if a format is unknown, or its runtime is not installed.
+    """
+    if unknown := sorted(set(exports) - set(EXPORTS)):
+        raise ValueError(f"there is no format {', '.join(unknown)} to export to; choose of {', '.join(EXPORTS)}")
+    if "openvino" in exports:
+        version_of_openvino()
 
 
 def _quantize(desk: Desk, settings: Settings) -> None:
@@ -190,6 +206,7 @@ def _deploy(desk: Desk, settings: Settings) -> None:
     plain = to_onnx(model, inputs, paths["float"])
     batches = recipe.batches("validation", seed=settings["seed"])
     agreement = to_integer_onnx(module, batches, paths["quantized"], examples=COMPARED, threads=threads)
+    others = _others(desk, module, settings)
     running = Running(paths["quantized"], module, *inputs, threads=threads)
     sizes = (plain.sizes[0],) if plain.batch == "static" else tuple(settings["batches"])
     timings = compare_latency(paths, tree_map(Tensor.numpy, inputs), threads=threads, batches=sizes)
@@ -197,9 +214,23 @@ def _deploy(desk: Desk, settings: Settings) -> None:
     validation = {"float": before["validation"], **done["validation"], "onnxruntime": recipe.metrics(running, "validation")}
     facts = {
         "kept": done["kept"], "validation": validation, "agreement": asdict(agreement), "kernels": str(agreement.kernels),
-        "bytes": _sizes(desk, layout(module)), "latency": [asdict(t) for t in timings], **_reasons(desk),
+        "bytes": _sizes(desk, layout(module)), "latency": [asdict(t) for t in timings], "others": others, **_reasons(desk),
     }  # fmt: skip
     write_text(desk.path("quantized.json"), dumps({**QUANTIZED, **facts}))
+
+
+def _others(desk: Desk, module: nn.Module, settings: Settings) -> dict[str, Any]:
+    """How closely what else was asked for computes what the module does; a program that is not asked for goes."""
+    program, found = desk.path("quantized.pt2"), {}
+    batches = desk.recipe.batches("validation", seed=settings["seed"])
+    if "openvino" in settings["exports"]:
+        given = check_in_openvino(desk.path("quantized.onnx"), module, batches, examples=COMPARED, threads=settings["threads"])
+        found["openvino"] = asdict(given)
+    if "pt2" in settings["exports"]:
+        found["pt2"] = asdict(to_program(module, batches, program))
+    else:
+        program.unlink(missing_ok=True)
+    return found
 
 
 def _sizes(desk: Desk, what: Layout) -> dict[str, int]:

@@ -29,19 +29,21 @@ RECIPE = "recipe"
 
 @dataclass(frozen=True)
 class Flow:
-    """The files of the run folder that a stage reads and writes."""
+    """The files of the run folder that a stage reads and writes, and those it ``may`` write where it is asked to."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    maybe: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     """Files that it reads where they are there."""
+    extra: tuple[str, ...] = ()
+    """Files that it writes where it is told to."""
 
 
 _ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json")
 FLOWS: Mapping[str, Flow] = {
     "trace": Flow((), (_ORIGINAL, "original.json", "structure.json")),
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
-    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,), maybe=("bit_prices.json",)),
+    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,), optional=("bit_prices.json",)),
     "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
     "repair": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("repaired.safetensors", "repaired.json")),
     "fit": Flow((_ORIGINAL, "structure.json", PLAN, "repaired.safetensors"), ("model.safetensors", "history.json")),
@@ -63,11 +65,12 @@ QUANTIZATION: Mapping[str, Flow] = {
     "deploy": Flow(
         (*_FLOAT, "prices.json", "bits.json", "quantized.safetensors", "quantization.json"),
         ("float.onnx", "quantized.onnx", "quantized.json"),
+        ("quantized.pt2",),
     ),
 }
 """The stages of quantization, likewise."""
 _FLOWS = {**FLOWS, **WEIGHING, **QUANTIZATION}
-_MAKER = {name: stage for stage, flow in _FLOWS.items() for name in flow.writes}
+_MAKER = {name: stage for stage, flow in _FLOWS.items() for name in (*flow.writes, *flow.extra)}
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,9 @@ def command(run: Run, stage: str) -> str:
 def finish(run: Run, stage: str, settings: Mapping[str, Any], taken: Taken) -> Run:
     """Record a finished stage; its checkpoints are no longer needed."""
     flow = _FLOWS[stage]
-    read = (*flow.reads, *(name for name in flow.maybe if (run.folder / name).is_file()))
-    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (read, flow.writes))
+    read = (*flow.reads, *(name for name in flow.optional if (run.folder / name).is_file()))
+    written = (*flow.writes, *(name for name in flow.extra if (run.folder / name).exists()))
+    inputs, outputs = ({name: digest(run.folder / name) for name in names} for names in (read, written))
     stages = {**run.stages, stage: Entry(_plain(settings), inputs, outputs, asdict(taken))}
     run = replace(run, stages={name: stages[name] for name in _FLOWS if name in stages})
     _write(run)

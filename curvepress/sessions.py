@@ -139,16 +139,18 @@ def quantized_as_planned(
 ) -> None:
     """The compressed model with the bits of its plan, by the stages of `quantize`, in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
-    price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [], **common}
+    price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
+             "asymmetric": False, **common}  # fmt: skip
     free = dict.fromkeys(("bits", "average", "bytes", "bops"))
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
         "price": price,
         "choose": {
             **free, "given": given_bits(Desk(run, task).plan()), "activations": [8], "target": "storage", "group": None, "dynamic": False,
+            "asymmetric": False,
         },
-        "quantize": {**training, "rounding": "nearest", "ranges": "mse", "calibration": 512},
-        "deploy": {"batches": list(BATCHES), **common},
+        "quantize": {**training, "rounding": "adaptive", "ranges": "mse", "calibration": 512},
+        "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},
     }  # fmt: skip
     for stage in QUANTIZATION:
         run = kept(run, task, stage, stages[stage], again=again)

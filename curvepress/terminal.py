@@ -156,12 +156,19 @@ def show_quantized(facts: Mapping[str, Any], folder: Path) -> None:
     say(f"kernels: {facts['kernels']} in ONNX Runtime, which predicts the same as the simulation for {agreement['same']:.2f} %")
     for name, reason in agreement["kernels"]["float"].items():
         say(f"in float: {name}, since {reason}")
+    for name, other in facts["others"].items():
+        say(f"{name}: predicts the same as the simulation for {other['same']:.2f} %{_counted(other)}")
     packed = sizes["quantized.safetensors"]
     say(f"bytes: {packed:,} packed, {sizes['float weights'] / packed:.1f} times fewer than float weights; ONNX {sizes['quantized.onnx']:,}")
     for t in facts["latency"][1::2]:
         low, middle, high = (1 / t["ratio"][k] for k in ("high", "median", "low"))
         say(f"latency, batch {t['batch']}: {middle:.2f} times as fast as float in ONNX Runtime (middle half {low:.2f} to {high:.2f})")
     say(f"files: {folder.resolve()}")
+
+
+def _counted(other: Mapping[str, Any]) -> str:
+    """The integer kernels of a runtime, where it tells them."""
+    return "".join(f", {other['integer'].get(kind, 0)} of {count} {kind} integer" for kind, count in other.get("total", {}).items())
 
 
 def _priced(price: Sequence[float] | None) -> str:

@@ -75,7 +75,7 @@ TABLE = {
     "bitwidths allocation requantization",
     "planning": "structure plan costs scores alignment batchnorm bitplan bitwidths joint wiring curvature quantized surgery report "
     "artifacts files runs desk",
-    "options": "allocation bitwidths requantization",
+    "options": "allocation bitwidths requantization quantization",
     "pipeline": "everything but terminal sessions options cli",
     "terminal": "structure costs report desk pipeline",
     "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",

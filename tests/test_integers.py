@@ -5,13 +5,15 @@ import sys
 import onnx
 import pytest
 import torch
+from onnxscript import opset21
 from torch import Tensor, nn
 
 from curvepress.export.integers import to_integer_onnx
 from curvepress.export.kernels import count_kernels
 from curvepress.export.openvino import check_in_openvino
 from curvepress.export.program import to_program
-from curvepress.quantized import Bits, calibrate, quantize
+from curvepress.quantized import Bits, calibrate, packed, quantize
+from curvepress.quantized.modules import WeightQuantizer, quantizers
 from tests import zoo
 
 EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"
@@ -50,6 +52,53 @@ def test_low_bits_are_exact_and_saturate_where_the_simulation_does(tmp_path):
     assert to_integer_onnx(module, [(10 * data[0][0], None)], tmp_path / "a.onnx").error < 1e-4
 
 
+def test_weights_with_zero_points_are_stored_without_and_run_on_the_same_kernels(tmp_path):
+    module, data = quantized("resnet_padded", Bits(weights={"stem.0.weight": 8}, weight=3, asymmetric=True))
+    zeros = {q.name: bool(q.grid.zero_point.any()) for q in quantizers(module) if isinstance(q, WeightQuantizer)}
+    assert [name for name, some in zeros.items() if not some] == ["stem.0.weight"]  # less its zero point a level of 8 bits needs nine
+    found = to_integer_onnx(module, data, tmp_path / "a.onnx")
+    assert found.error < 1e-4 and not found.kernels.float and found.kernels.integer == found.kernels.total
+    assert to_program(module, data, tmp_path / "a.pt2").error == 0
+    packed.save(module, tmp_path / "a.safetensors")
+    again = packed.load(zoo.make("resnet_padded").model.float(), data[0][0], tmp_path / "a.safetensors")
+    assert torch.equal(again(data[0][0]), module(data[0][0]))
+
+
+def test_zero_points_halve_the_error_of_lopsided_weights():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.rand(8, 3, 3, 3) + 0.02)
+    apart = []
+    for asymmetric in (False, True):
+        module = calibrate(quantize(model, Bits(weight=3, product=None, sum=None, asymmetric=asymmetric), x), [(x, None)]).eval()
+        apart.append((module(x) - model(x)).square().mean().item())
+    assert apart[1] < apart[0] / 2
+
+
+class OneSided(nn.Module):
+    """Zeros to the right and below, as TensorFlow pads strided convolutions; the same image is read without them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.padded, self.plain = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.padded(nn.functional.pad(x, (0, 1, 2, 3))).mean((2, 3)) + self.plain(x).mean((2, 3))
+
+
+def test_zeros_around_an_image_are_padding_of_the_convolution_that_reads_it(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    module = calibrate(quantize(OneSided(), Bits(), x), [(x, None)]).eval()
+    found = to_integer_onnx(module, [(x, None)], tmp_path / "a.onnx")
+    assert found.error < 1e-5 and str(found.kernels) == "3 of 3 convolutions integer"
+    nodes = onnx.load(tmp_path / "a.onnx").graph.node
+    assert "Pad" not in {n.op_type for n in nodes}
+    assert [2 + 1, 0 + 1, 3 + 1, 1 + 1] in [list(a.ints) for n in nodes for a in n.attribute if a.name == "pads"]
+
+
 def test_what_is_left_in_float_is_named_with_its_reason(tmp_path):
     module, data = quantized("resnet_padded", Bits(weights={"stem.0.weight": None}))
     found = to_integer_onnx(module, data, tmp_path / "a.onnx").kernels
@@ -68,7 +117,7 @@ def test_programs_are_the_simulation_exactly_and_need_no_curvepress(tmp_path):
 
 def test_a_file_that_disagrees_gets_no_name(tmp_path, monkeypatch):
     module, data = quantized("mlp")
-    monkeypatch.setattr("curvepress.export.integers._round", lambda x, scale, zero_point, low, high: x)
+    monkeypatch.setattr("curvepress.export.integers._round", lambda x, *_: opset21.Neg(x))
     with pytest.raises(ValueError, match="same prediction"):
         to_integer_onnx(module, data, tmp_path / "a.onnx", least_same=100.1)
     assert list(tmp_path.iterdir()) == []
@@ -80,7 +129,7 @@ def test_damaged_files_and_missing_runtimes_say_so(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.onnx cannot be opened"):
         count_kernels(tmp_path / "a.onnx", module)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ValueError, match="pip install openvino"):
+    with pytest.raises(ValueError, match="pip install"):
         check_in_openvino(tmp_path / "a.onnx", module, data)
     with pytest.raises(ValueError, match="no batches"):
         to_integer_onnx(module, [], tmp_path / "b.onnx")

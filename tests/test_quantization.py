@@ -3,6 +3,7 @@
 import json
 import shutil
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from curvepress.training import Fitted
 from tests.test_cli import TINY, as_one_file, in_no_time, refused, typed
 
 FILES = {name for flow in QUANTIZATION.values() for name in flow.writes}
+ALSO = {name for flow in QUANTIZATION.values() for name in flow.extra}
 
 
 @pytest.fixture
@@ -41,12 +43,15 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def test_digits_from_the_recipe_to_integers_in_the_runtime(tmp_path: Path):
     folder = tmp_path / "run"
-    asked = ("quantize", "digits", "--average", "3", "--rounding", "adaptive", "--out", folder)
+    also = [f"--export={name}" for name in ("pt2", *(["openvino"] if find_spec("openvino") else []))]
+    asked = ("quantize", "digits", "--average", "3", "--rounding", "adaptive", *also, "--out", folder)
     said = typed(*asked)
     assert said.code == 0, said
     assert "9 of 9 convolutions integer" in said.out and "layer3.conv2.weight" in said.out
     found = facts_of(folder)
-    assert {p.name for p in folder.iterdir()} == FILES | {"run.json"}
+    assert {p.name for p in folder.iterdir()} == FILES | ALSO | {"run.json"}
+    assert found["others"]["pt2"]["same"] == 100 and all(o["same"] >= 99 for o in found["others"].values())
+    assert found["others"].get("openvino", {"integer": {}})["integer"] == found["others"].get("openvino", {"total": {}})["total"]
     assert found["choice"]["average"] <= 3.0
     assert found["validation"]["onnxruntime"]["accuracy"] == pytest.approx(found["validation"]["calibrated"]["accuracy"], abs=0.3)
     assert found["validation"]["calibrated"]["accuracy"] > found["validation"]["float"]["accuracy"] - 2
@@ -142,6 +147,7 @@ def test_other_settings_are_refused_by_name_and_again_does_what_they_touch(recip
             "'nothing' cannot stay in float: the model has 0.weight, 1, 2.weight",
         ),
         (("--activations", "4", "--activations", "8"), "leaves a choice, which only --bops limits"),
+        (("--export", "tflite"), "there is no format tflite to export to; choose of onnx, openvino, pt2"),
         (("--activations", "9"), "--activations must be from 2 to 8 bits; got 9"),
         (("--bits-file", "nowhere.json"), "--bits-file nowhere.json cannot be read"),
         (("--epochs", "1", "--lr", "-1"), "the fine-tune cannot be done so"),

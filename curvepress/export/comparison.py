@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..objective import Batches, batch_size
+from ..quantized.modules import floating
 from .onnx import evaluating
 
 Inputs = tuple[Tensor, ...]
@@ -48,6 +49,14 @@ def compare(module: nn.Module, data: list[Inputs], run: Callable[[Inputs], Seque
             equal.append((wanted[0].argmax(-1) == np.asarray(found[0]).argmax(-1)).ravel())
     difference, same = np.concatenate(apart), np.concatenate(equal)
     return sum(len(i[0]) for i in data), 100 * float(same.mean()), float(difference.max()), float(difference.mean())
+
+
+def rounding_change(module: nn.Module, data: list[Inputs]) -> float:
+    """The mean absolute difference that quantization makes to an output."""
+    with floating(module), evaluating(module), torch.no_grad():
+        wanted = [[x.numpy() for x in _pytree.tree_leaves(module(*inputs)) if isinstance(x, Tensor)] for inputs in data]
+    left = iter(wanted)
+    return compare(module, data, lambda _: next(left))[3]
 
 
 def example_of(inputs: Inputs) -> Inputs:

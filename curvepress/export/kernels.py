@@ -14,6 +14,7 @@ import onnxruntime
 from torch import nn
 
 from ..quantized import bits_of, layout
+from ..quantized.modules import TokenQuantizer
 from .onnx import first_line
 
 INTEGER = {
@@ -70,7 +71,7 @@ def count_kernels(path: str | Path, module: nn.Module) -> Kernels:
         total[kind] += 1
         integer[kind] += node.op_type in INTEGER
         if node.op_type in FLOAT:
-            name = re.sub(r"_token_\d+$|_nchwc$", "", node.name)
+            name = re.sub(r"_token_\d+$|_nchwc$|/.*$", "", node.name)
             name = named.get(name, name)  # a convolution in another memory layout is named after its result
             left[name] = _reason(module, name, node.op_type)
     return Kernels(dict(integer), dict(total), left)
@@ -125,4 +126,6 @@ def _reason(module: nn.Module, name: str, operator: str) -> str:
     float_inputs = [s.name for s in found.sites if s.name in product.inputs and bits.of_site(s) is None]
     if float_inputs:
         return f"its input {float_inputs[0]} was left in float"
+    if any(isinstance(part, TokenQuantizer) and part.name in product.inputs for part in module.modules()):
+        return "its input has a grid for each token, for which ONNX Runtime has no integer kernel"
     return "ONNX Runtime did not fuse it with the rounding around it"

@@ -45,15 +45,29 @@ def check_in_openvino(path: str | Path, module: nn.Module, batches: Batches, *, 
 
 def compiled_in_openvino(path: str | Path, threads: int = 1) -> tuple[Any, str]:
     """The file compiled for the processor in float32 where it is not integer, and the version of OpenVINO."""
-    try:
-        import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        raise ValueError("OpenVINO is not installed: pip install openvino") from None
+    openvino = _openvino()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     try:
         return openvino.Core().compile_model(str(path), "CPU", settings), str(openvino.__version__)
     except RuntimeError as error:
         raise ValueError(f"{Path(path).name} cannot be opened in OpenVINO: {first_line(error)}") from error
+
+
+def version_of_openvino() -> str:
+    """The version that is installed.
+
+    Raises:
+        ValueError: if none is.
+    """
+    return str(_openvino().__version__)
+
+
+def _openvino() -> Any:
+    try:
+        import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError("OpenVINO is not installed: pip install 'curvepress[openvino]'") from None
+    return openvino
 
 
 def _kernels(compiled: Any) -> tuple[dict[str, int], dict[str, int]]:

@@ -2,10 +2,10 @@
 
 from .calibration import calibrate, observe
 from .insertion import bits_of, layout, quantize, sites
-from .layout import Bits, Layout, Product, Site, Weight, bits_from_json
+from .layout import Bits, Layout, Product, Site, Weight, bits_from_json, weight_scheme
 from .modules import floating, switch
 
 __all__ = [
     "Bits", "Layout", "Product", "Site", "Weight",
-    "bits_from_json", "bits_of", "calibrate", "floating", "layout", "observe", "quantize", "sites", "switch",
+    "bits_from_json", "bits_of", "calibrate", "floating", "layout", "observe", "quantize", "sites", "switch", "weight_scheme",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ..quantizer import Scheme, fit_grid
 from .graphs import argument, float_graph, set_argument, tensor
-from .layout import Bits, Layout, Site, check_names
+from .layout import Bits, Layout, Site, check_names, weight_scheme
 from .modules import ActivationQuantizer, BiasQuantizer, Quantizer, TokenQuantizer, WeightQuantizer, quantizers
 from .placement import CONVOLUTIONS, MATRIX, Operand, Place, Placement, moves, operator_name, place
 
@@ -90,7 +90,7 @@ def _quantize_weights(graph: fx.GraphModule, bits: Bits, placement: Placement) -
             continue
         readers = [operator_name(o.node) for o in placement.operands.values() if o.weight is nodes[weight.name]]
         group = bits.group if set(readers) <= LINEAR and len(weight.shape) == 2 else None
-        quantizer = WeightQuantizer(weight.name, Scheme(width, axis=weight.axis, group=group))
+        quantizer = WeightQuantizer(weight.name, weight_scheme(width, weight.axis, group=group, asymmetric=bits.asymmetric))
         _call_after(nodes[weight.name], _add(graph, "weight", weight.name, quantizer))
         yield quantizer
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..quantizer import Scheme
+
 Role = Literal["product", "sum"]
 VERSION = 1
 
@@ -77,7 +79,7 @@ class Bits:
 
     What is not named has ``weight``, ``product`` or ``sum`` bits, by what it is (see :class:`Site`).  ``group`` gives each run of so
     many inputs of an output channel a scale of its own (linear layers only); ``dynamic`` takes the scales of the activations of
-    linear layers from each token when it comes.
+    linear layers from each token when it comes.  ``asymmetric`` gives weights zero points, see :func:`weight_scheme`.
     """
 
     weights: Mapping[str, int | None] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Bits:
     sum: int | None = 8
     group: int | None = None
     dynamic: bool = False
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         given = {**self.weights, **self.sites, "weight": self.weight, "product": self.product, "sum": self.sum}
@@ -107,6 +110,15 @@ class Bits:
     def to_json(self) -> str:
         """The bits as JSON, which :func:`bits_from_json` reads."""
         return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"))
+
+
+def weight_scheme(bits: int, axis: int, *, group: int | None = None, asymmetric: bool = False) -> Scheme:
+    """The grid of a weight.
+
+    Zero points are for fewer than 8 bits without groups: there a level less its zero point still fits into int8, which is what
+    runtimes multiply by, with the same values and at the same speed.
+    """
+    return Scheme(bits, symmetric=not asymmetric or bits == 8 or group is not None, axis=axis, group=group)
 
 
 def bits_from_json(text: str) -> Bits:

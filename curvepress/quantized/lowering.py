@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.library import Library, register_fake
 
-from ..quantizer import Grid, bias_scale, quantize, quantize_bias
+from ..quantizer import Grid, bias_scale, centred, quantize, quantize_bias
 from .graphs import argument, aten, drop_unused, is_getitem, tensor
 from .modules import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from .placement import CLAMPS, CONVOLUTIONS, moves, operator_name
@@ -73,7 +73,7 @@ def lower(module: nn.Module) -> fx.GraphModule:
 
 def _lower_weight(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer) -> None:
     grid, name = quantizer.grid, str(node.args[0].target)  # type: ignore[union-attr]
-    values, axis, group = quantize(tensor(graph, name).detach(), grid), grid.scheme.axis or 0, grid.scheme.group or 0
+    values, axis, group = centred(quantize(tensor(graph, name).detach(), grid), grid), grid.scheme.axis or 0, grid.scheme.group or 0
     linear = [user for user in node.users if operator_name(user) == "linear"]
     if group and len(linear) == len(node.users):  # runtimes multiply by groups where inputs come first
         values, axis = values.t().contiguous(), 1

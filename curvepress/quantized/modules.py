@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """Puts a weight on a symmetric grid for each output channel."""
+    """Puts a weight on a grid for each output channel."""
 
     def make_room(self, bias: Tensor, activation: Grid) -> None:
         """Raise the scales of nearly dead channels so far that the bias fits into 32 bits on the grid of the activations."""

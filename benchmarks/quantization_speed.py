@@ -1,0 +1,133 @@
+"""Integer files against float ones in the same runtime, taken in turns, and a quantized training step against a float one.
+
+    python -m benchmarks.quantization_speed latency --networks ResNet-20 ResNet-56 EfficientNet-Lite0    # after ptq and peers
+    python -m benchmarks.quantization_speed step
+    python -m benchmarks.quantization_speed table
+
+Whatever else the machine does falls on all of them alike: only ratios are to be quoted, and they are of readings of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import quantizers as peers
+from benchmarks import records
+from benchmarks.networks import MODELS, NETWORKS, original
+from benchmarks.quantization import bits
+from benchmarks.quantization_table import show
+from curvepress.export import compare_latency
+from curvepress.export.latency import Timing
+from curvepress.quantized import calibrate, quantize
+
+FILE = Path(__file__).parent / "results" / "quantization_speed.jsonl"
+BATCHES = (1, 32)
+
+
+def latency(network: str, batches: list[int], runtimes: list[str]) -> Iterator[records.Record]:
+    """Records of every file, on one thread."""
+    ours = next(iter(MODELS.glob(f"{network}-w8a8-ptq-*-0.onnx")), None)
+    if ours is None:
+        raise SystemExit(f"there is no file of {network}: run python -m benchmarks.quantization ptq --networks {network}")
+    paths = {"float": original(network), "w8a8": ours}
+    paths |= {name: path for name in peers.PEERS if (path := MODELS / f"{network}-{name}.onnx").exists()}
+    x = next(iter(NETWORKS[network].test()))[0][:32].contiguous().numpy()
+    for runtime in runtimes:
+        for batch in batches:
+            key = {"network": network, "runtime": runtime, "batch": batch}
+            yield records.once(FILE, key, lambda runtime=runtime, batch=batch: {"files": _compared(runtime, paths, x, batch)})
+
+
+def _compared(runtime: str, paths: dict[str, Path], x: np.ndarray, batch: int) -> dict[str, Any]:
+    if runtime == "openvino":
+        found = peers.compare_in_openvino(paths, x, batches=(batch,))
+    else:
+        found = list(compare_latency(paths, x, batches=(batch,), rounds=40, seconds=20))
+    return {t.name: _times(t, found[0]) for t in found}
+
+
+def _times(t: Timing, first: Timing) -> dict[str, Any]:
+    """Ratios by the clock, paired, and by processor time, of the lower quartiles: what others do to the machine lengthens both."""
+    quartiles, cpu = [1 / t.ratio.high, 1 / t.ratio.low], first.cpu.low / t.cpu.low
+    times = {"milliseconds": t.wall.median, "cpu_milliseconds": t.cpu.low, "rounds": t.rounds}
+    return {**times, "faster": 1 / t.ratio.median, "quartiles": quartiles, "cpu_faster": cpu}
+
+
+def step(rounds: int = 16) -> records.Record:
+    """Processor time of a training step of ResNet-20 on 128 images, quantized over float, in turns."""
+    return records.once(FILE, {"what": "step", "rounds": rounds, "network": "ResNet-20"}, lambda: _steps(rounds))
+
+
+def _steps(rounds: int) -> records.Record:
+    of = NETWORKS["ResNet-20"]
+    batch = next(iter(of.train(0)))
+    chosen, x = bits("ResNet-20", "w4a4"), of.recipe.example()
+    modules = {"float": of.model(), "learned": quantize(of.model(), chosen, x), "fixed": quantize(of.model(), chosen, x, learn=False)}
+    for name in ("learned", "fixed"):
+        calibrate(modules[name], [batch])
+    steps = {name: _stepper(module, of.recipe.loss, batch) for name, module in modules.items()}
+    spent = np.array([[_cpu(steps[name]) for name in steps] for _ in range(rounds + 1)])[1:]
+    ratios = {name: np.quantile(spent[:, n] / spent[:, 0], (0.25, 0.5, 0.75)).tolist() for n, name in enumerate(steps)}
+    least = {name: float(spent[:, n].min() / spent[:, 0].min()) for n, name in enumerate(steps)}
+    return {"seconds": float(np.median(spent[:, 0])), "ratio": ratios, "least": least}
+
+
+def _stepper(module: nn.Module, loss: Callable[..., torch.Tensor], batch: Any) -> Callable[[], None]:
+    module.train()
+    descent = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 1e-4, 0.9)
+
+    def step() -> None:
+        descent.zero_grad()
+        loss(module(batch[0]), batch[1]).backward()
+        descent.step()
+
+    return step
+
+
+def _cpu(function: Callable[[], None]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def table() -> None:
+    """Print all records as the documentation shows them."""
+    rows = records.read(FILE)
+    lines = []
+    for r in (r for r in rows if "runtime" in r):
+        for name, t in r["files"].items():
+            low, high = t["quartiles"]
+            times = f"{t['cpu_milliseconds']:.2f}", f"{t['cpu_faster']:.2f}", f"{t['faster']:.2f} ({low:.2f}–{high:.2f})"
+            lines.append((r["network"], r["runtime"], str(r["batch"]), name, *times))
+    show(("network", "runtime", "batch", "file", "processor ms", "times faster", "by the clock (quartiles)"), lines)
+    for r in (r for r in rows if r.get("what") == "step"):
+        shown = ", ".join(f"{name} {q[1]:.2f} ({q[0]:.2f}–{q[2]:.2f})" for name, q in r["ratio"].items() if name != "float")
+        print(f"\nA training step of {r['network']} over that in float, processor time, by whether scales are learned or fixed: {shown}.")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("latency", "step", "table"))
+    parser.add_argument("--networks", nargs="+", default=["ResNet-20"], choices=NETWORKS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], choices=("onnxruntime", "openvino"))
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    if o.what == "table":
+        return table()
+    for record in (step(),) if o.what == "step" else (r for n in o.networks for r in latency(n, o.batches, o.runtimes)):
+        print(record, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
