@@ -20,7 +20,7 @@ from .desk import Desk
 from .files import write_text
 from .findings import read_report
 from .options import one_of
-from .pipeline import assist, check_budget, costs
+from .pipeline import assist, costs
 from .plan import to_json
 from .planner import PER
 from .planning import drawn_frontier, picked
@@ -30,6 +30,7 @@ from .recipe_files import shipped
 from .repairing import EXAMPLES
 from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
+from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
 from .settings import QAT, bit_choice, bit_ranges, limits, timing, tuning
 from .stopwatch import RUNTIMES
@@ -101,6 +102,9 @@ PlanActivations = Annotated[str | None, typer.Option(help="with --bits: those th
 PriceExamples = Annotated[int, typer.Option(help="with --bits: examples their prices are averaged over", min=2, rich_help_panel=BUDGET)]
 QatEpochs = Annotated[int, typer.Option(help="with --bits: epochs of training quantized", min=0, rich_help_panel=RECOVERY)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
+Branches = Annotated[
+    int, typer.Option(min=0, help="residual branches (blocks, layers) to leave out whole, those that cost least", rich_help_panel=BUDGET)
+]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
 Examples = Annotated[int, _tuned("calibration examples for the repair in closed form; 0: none", min=0)]
@@ -133,7 +137,7 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
-    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False,
+    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = 0,
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
     price_examples: PriceExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
@@ -150,7 +154,11 @@ def compress(
     common = {"seed": seed, "threads": threads}
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
-    shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned}
+    if branches and chosen:
+        raise ValueError(
+            "--branches and --bits: first leave out branches, then `curvepress quantize` the folder, which prices the bits of what is left"
+        )
+    shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned, "branches": branches}
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
@@ -213,11 +221,12 @@ def score(
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
     latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1, per: Per = None, multiple: Multiple = 1,
-    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, threads: Threads = 1,
+    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = 0, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
-    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned}
+    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
+                "branches": branches}  # fmt: skip
     with continued(folder) as (run, task):
         run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))

@@ -8,7 +8,7 @@ from math import prod
 
 from .bitplan import FLOAT, SCALE, ZERO_POINT, BitPlan
 from .latency import Table, model_seconds
-from .plan import Plan, tensors_after
+from .plan import Plan, dropped, tensors_after
 from .structure import TensorSpec
 
 ITEM_BYTES = {
@@ -52,7 +52,7 @@ def cost(plan: Plan, table: Table | None = None) -> Cost:
     tensors = tensors_after(plan)
     macs = sum(prod(t.shape) * t.positions for t in tensors.values())
     return Cost(
-        latency=None if table is None else model_seconds(tensors, table),
+        latency=None if table is None else model_seconds(tensors, table.without(dropped(plan))),
         params=sum(prod(t.shape) for t in tensors.values() if t.kind == "parameter"),
         bytes=_float_bytes(tensors) if plan.bits is None else _packed_bytes(tensors, plan.bits),
         macs=macs,

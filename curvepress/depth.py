@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .batchnorm import Untouched
-from .costs import cost
+from .costs import Cost, cost
 from .masking import Skipping, left_over
 from .objective import Batch, Loss, batch_loss
-from .plan import Plan
+from .plan import Plan, after
 from .planner import Budget, unreachable
-from .structure import Structure
+from .scores import Scores
+from .structure import Group, Member, Structure
 from .tracing import Trace, quiet_evaluation, run, watch
 
 
@@ -35,12 +36,12 @@ def shorten(
     loss: Loss,
     batches: Sequence[Batch],
     structure: Structure,
-    budget: Budget,
+    budget: Budget | int,
     *,
     example: Sequence[object],
     progress: Callable[[int], None] = lambda measured: None,
 ) -> tuple[Removal, ...]:
-    """Leave out branches until the budget is met, each time the one without which the loss on the batches rises least.
+    """Leave out branches until the budget is met, or so many, each time the one without which the loss on the batches rises least.
 
     Norms over batches take their statistics from each batch, as they would be after they are estimated anew.
 
@@ -48,8 +49,10 @@ def shorten(
         The branches in the order in which they went.
 
     Raises:
-        ValueError: if the model has no residual branches, or the budget is not met without all of them.
+        ValueError: if the model has fewer residual branches, or the budget is not met without all of them.
     """
+    if isinstance(budget, int) and not 0 <= budget <= len(structure.branches):
+        raise ValueError(f"this model has {len(structure.branches)} residual branches that can be left out; got {budget}")
     whole, found = cost(Plan(structure)), watch(model, lambda: run(model, example), example)
     measured = 0
 
@@ -61,14 +64,36 @@ def shorten(
     before = _losses(model, loss, batches, found, ())
     gone: list[Removal] = []
     stale = {b.name: -np.inf for b in structure.branches}
-    while not budget(now := cost(Plan(structure, skip=tuple(r.name for r in gone))), whole):
+
+    def enough(now: Cost) -> bool:
+        return len(gone) >= budget if isinstance(budget, int) else budget(now, whole)
+
+    while not enough(now := cost(Plan(structure, skip=tuple(r.name for r in gone)))):
         names = tuple(r.name for r in gone)
         stale = {n: v for n, v in stale.items() if cost(Plan(structure, skip=(*names, n))) != now}
         if not stale:
-            raise ValueError(unreachable(now, whole, budget, "leave out channels as well"))
+            raise ValueError(
+                f"only {len(gone)} branches can be left out; the others are inside them"
+                if isinstance(budget, int)
+                else unreachable(now, whole, budget, "leave out channels as well")
+            )
         best, rise = _least(stale, partial(rises, *names), gone[-1].rise if gone else 0.0)
         gone.append(Removal(best, float(rise.mean()), float(rise.std(ddof=1) / len(rise) ** 0.5)))
     return tuple(gone)
+
+
+def around(structure: Structure, scores: Scores, skip: Sequence[str], choose: Callable[[Structure, Scores], Plan]) -> Plan:
+    """The plan for what is left without these branches that ``choose`` makes of it and its scores, as a plan for all of the structure."""
+    short = after(Plan(structure, skip=tuple(skip)))
+    owner = {_place(g, m): g.name for g in structure.groups for m in g.members}
+    names = {g.name: owner[_place(g, g.members[0])] for g in short.groups}
+    values, stderr = ({new: part[old] for new, old in names.items() if old in part} for part in (scores.values, scores.stderr))
+    plan = choose(short, replace(scores, values=values, stderr=stderr))
+    return Plan(structure, {names[g]: channels for g, channels in plan.keep.items()}, tuple(skip))
+
+
+def _place(group: Group, member: Member) -> tuple[str, int, int]:
+    return member.tensor, member.dim, int(member.rows[0, 0])
 
 
 def _least(stale: dict[str, float], rises: Callable[[str], np.ndarray], so_far: float) -> tuple[str, np.ndarray]:

@@ -15,7 +15,7 @@ from .bitwidths import BitPrices, Prices
 from .costs import Cost, cost
 from .ladders import ladders
 from .plan import Plan
-from .planner import AtMost, Budget
+from .planner import AtMost, Budget, unreachable
 from .scores import LOSS_UNIT, Scores
 from .structure import Structure
 from .sweep import POINTS, Moves, sweep
@@ -209,12 +209,7 @@ def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cos
         if budget((found := family.choice(n, measure)).cost, whole):
             return found
     smallest = measure(family.problem.plan(family.state(int(np.argmin(family.costs.sum(axis=1))))))
-    least = ", ".join(f"{k} {v:,} ({v / max(getattr(whole, k), 1):.1%})" for k, v in vars(smallest).items())
-    about = str(budget) if isinstance(budget, AtMost) else getattr(budget, "__name__", "the given function")
-    raise ValueError(
-        f"no plan fits the budget ({about}); the smallest that widths and bits can make this model is: {least}. "
-        "Allow more, or lower the floor or the multiple, or allow fewer bits"
-    )
+    raise ValueError(unreachable(smallest, whole, budget, "lower the floor or the multiple, or allow fewer bits", by="widths and bits"))
 
 
 def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil, isfinite
 from typing import Any
 
@@ -124,6 +124,10 @@ class Table:
             raise ValueError(f"a latency table has fixed = {self.fixed} and each = {self.each}; both must be finite and not negative")
         if missing := [n for n, layer in self.layers.items() if (layer, FLOAT) not in self.grids]:
             raise ValueError(f"the latency table has no times for {', '.join(missing[:3])}; measure it again")
+
+    def without(self, names: Collection[str]) -> Table:
+        """The table of the model without these layers."""
+        return replace(self, layers={n: layer for n, layer in self.layers.items() if n not in names}) if names else self
 
     def layer(self, name: str, out: int, into: int, bits: int = FLOAT) -> float:
         """Seconds of the layer with this weight at these widths and bits.

@@ -13,36 +13,32 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import curvature, quantization
 from . import report as reports
-from .alignment import head_widths
 from .artifacts import StoredSamples, fill, load_scores, load_structure, read_json, save, save_scores, save_structure
 from .batchnorm import reestimate
-from .costs import Cost, cost, written
+from .costs import Cost, cost
 from .desk import Desk
 from .export import Agreement, Timing, compare_latency, faster, to_onnx
 from .files import write_text
 from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
-from .joint import choose
-from .latency import Table
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
-from .planner import at_most, frontier, search
-from .planning import joint_family, weighed
+from .planner import frontier
+from .planning import weighed
 from .recipe import Recipe, check
 from .repairing import repair
 from .runs import PLAN, RECIPE, Entry, Run, finish, is_done, objections, require, scratch
 from .scores import LOSS_UNIT, Scores, predicted_rise, score
+from .searching import planned
 from .settings import descent
-from .structure import Structure
 from .surgery import applied
-from .timetables import kept_promise, table_of, timed_plan
+from .timetables import kept_promise
 from .tracing import trace
 from .training import fit
 
@@ -54,8 +50,6 @@ SCORING = ("method", "samples", "reliability", "seconds", "estimator", "precisio
 """Settings of the score stage that :func:`~.scores.score` takes."""
 PROBED = 4
 """Calibration batches on which predicted and measured rise of the loss are compared."""
-PERCENTS = 100
-"""Up to here an absolute limit that is out of reach was perhaps meant in percent."""
 
 
 def _trace(desk: Desk, settings: Settings) -> None:
@@ -101,51 +95,7 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 
 def _plan(desk: Desk, settings: Settings) -> None:
-    structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
-    if settings.get("latency") is None:
-        plan = _searched(desk.run, structure, scores, settings)
-    else:
-        table = table_of(desk, settings)
-
-        def within(limit: float) -> Plan:
-            return _searched(desk.run, structure, scores, {**settings, "latency": limit}, table)
-
-        plan = timed_plan(desk, settings, table, within).plan
-    write_text(desk.path(PLAN), to_json(plan))
-
-
-def _searched(run: Run, structure: Structure, scores: Scores, settings: Settings, table: Table | None = None) -> Plan:
-    limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
-    options = {k: settings[k] for k in ("per", "multiple", "floor", "whole", "aligned")}
-    if settings["aligned"] and not head_widths(structure):
-        raise ValueError(
-            "--aligned has nothing to hold equal: this model has no attention block with a query-key and a value width; leave it out"
-        )
-    try:
-        if settings.get("bits"):
-            return choose(joint_family(run, structure, scores, settings), at_most(**limits)).plan
-        plan = search(structure, scores, at_most(**limits), table=table, **options)
-    except ValueError as error:
-        percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
-        raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
-    if plan.empty:
-        whole = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
-        raise ValueError(
-            f"the whole model ({whole}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less"
-        )
-    return plan
-
-
-def check_budget(desk: Desk, settings: Settings) -> None:
-    """See whether a plan can meet a budget, which does not depend on the scores; for one of latency its table is measured now.
-
-    Raises:
-        ValueError: if none can, or the whole model does.
-    """
-    structure = load_structure(desk.path("structure.json"))
-    zeros = {g.name: np.zeros(g.size) for g in structure.free}
-    table = None if settings.get("latency") is None else table_of(desk, settings)
-    _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, table)
+    write_text(desk.path(PLAN), to_json(planned(desk, settings)))
 
 
 def _apply(desk: Desk, settings: Settings) -> None:
@@ -179,7 +129,7 @@ def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[r
 
 
 def _predicted(scores: Scores, plan: Plan) -> tuple[float, float] | tuple[None, None]:
-    if scores.unit != LOSS_UNIT:
+    if scores.unit != LOSS_UNIT or plan.skip:  # branches are measured, with statistics that the pruned model has not yet
         return None, None
     return predicted_rise(scores, {g.name: lost(plan, g) for g in plan.structure.free})
 

@@ -199,11 +199,12 @@ def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget, table: T
     return family(high)
 
 
-def unreachable(smallest: Cost, whole: Cost, budget: Budget, way_out: str) -> str:
+def unreachable(smallest: Cost, whole: Cost, budget: Budget, way_out: str, *, by: str = "") -> str:
     """What is said of a budget that cannot be met."""
     sizes = whole.known()
     least = ", ".join(f"{k} {written(k, v)} ({v / (sizes[k] or 1):.1%})" for k, v in smallest.known().items())
-    return f"no plan fits the budget ({_described(budget)}); the smallest this model can be made is: {least}. Allow more, or {way_out}"
+    made = f"that {by} can make this model is" if by else "this model can be made is"
+    return f"no plan fits the budget ({_described(budget)}); the smallest {made}: {least}. Allow more, or {way_out}"
 
 
 def _described(budget: Budget) -> str:

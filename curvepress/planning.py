@@ -91,7 +91,7 @@ def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool)
     structure = load_structure(desk.path("structure.json"))
     choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
     points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
-    data: dict[str, Any] = {"original": asdict(cost(Plan(structure))), "points": points}
+    data: dict[str, Any] = {"original": cost(Plan(structure)).known(), "points": points}
     write_text(desk.path("frontier.json"), dumps({**FRONTIER, **data}))
     write_text(desk.path("frontier.svg"), picture(points, data["original"]))
     return choices, data

@@ -65,7 +65,7 @@ QUANTIZATION: Mapping[str, Flow] = {
     "deploy": Flow(
         (*_FLOAT, "prices.json", "bits.json", "quantized.safetensors", "quantization.json"),
         ("float.onnx", "quantized.onnx", "quantized.json"),
-        ("quantized.pt2",),
+        extra=("quantized.pt2",),
     ),
 }
 """The stages of quantization, likewise."""

@@ -72,7 +72,7 @@ def _example(desk: Desk) -> tuple[Tensor, ...]:
 
 
 def _made(desk: Desk, model: nn.Module, plan: Plan) -> nn.Module:
-    return apply(model, plan, *desk.recipe.inputs()).eval() if plan.keep else model
+    return apply(model, plan, *desk.recipe.inputs()).eval() if not plan.empty else model
 
 
 @contextmanager

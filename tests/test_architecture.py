@@ -45,7 +45,7 @@ TABLE = {
     "blocks": "structure plan latency scores alignment",
     "planner": "structure plan costs latency scores alignment blocks",
     "batchnorm": "objective",
-    "depth": "structure plan costs objective masking tracing batchnorm planner",
+    "depth": "structure plan costs scores objective masking tracing batchnorm planner",
     "checkpointing": "files",
     "training": "objective checkpointing",
     "quantized": "objective graphs quantizer packing",
@@ -76,6 +76,7 @@ TABLE = {
     "planning": "structure plan costs scores alignment batchnorm bitplan bitwidths joint wiring curvature quantized surgery report "
     "artifacts files runs desk",
     "options": "allocation bitwidths requantization quantization",
+    "searching": "structure plan costs scores alignment planner latency joint planning depth timetables artifacts runs desk",
     "pipeline": "everything but terminal sessions options cli",
     "terminal": "structure costs report desk pipeline",
     "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",

@@ -8,16 +8,16 @@ import random
 import pytest
 import torch
 from hf_zoo import make_hf
-from test_laws import random_plan
+from test_laws import random_plan, uniform
 from torch import Tensor, nn
 from zoo import ZOO, Case, make
 
-from curvepress.costs import cost
-from curvepress.depth import shorten
+from curvepress.costs import Cost, cost
+from curvepress.depth import around, shorten
 from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan, after, dropped, from_json, to_json
-from curvepress.planner import at_most
+from curvepress.planner import at_most, search
 from curvepress.structure import Structure
 from curvepress.surgery import applied, apply
 from curvepress.tracing import trace
@@ -177,3 +177,31 @@ def test_a_budget_that_branches_cannot_meet_is_refused() -> None:
     batches = [(x, torch.randint(3, (8,)))] * 2
     with pytest.raises(ValueError, match="the smallest this model can be made is: params 57"):
         shorten(model, nn.functional.cross_entropy, batches, trace(model, x), at_most(params=0.01), example=(x,))
+
+
+def test_channels_are_searched_around_what_is_left_out() -> None:
+    model = make("resnet").model
+    example = make("resnet").example
+    structure = trace(model, *example)
+    scores, skip = uniform(structure, 3), (structure.branches[0].name,)
+    whole = cost(Plan(structure))
+
+    def half(now: Cost, _: Cost) -> bool:
+        return now.params <= 0.5 * whole.params
+
+    plan = around(structure, scores, skip, lambda s, v: search(s, v, half))
+    assert plan.skip == skip and plan.keep and cost(plan).params <= 0.5 * whole.params
+    small = apply(model, plan, *example)
+    assert sum(p.numel() for p in small.parameters()) == cost(plan).params
+    kept_worth = [scores.values[g][c] for g, channels in plan.keep.items() for c in channels]
+    gone_worth = [scores.values[g][c] for g, channels in plan.keep.items() for c in set(range(structure[g].size)) - set(channels)]
+    assert min(kept_worth) > max(gone_worth)
+
+
+def test_a_number_of_branches() -> None:
+    model, x = Stream().eval(), torch.randn(8, 5)
+    batches = [(x, torch.randint(3, (8,)))] * 2
+    structure = trace(model, x)
+    assert len(shorten(model, nn.functional.cross_entropy, batches, structure, 2, example=(x,))) == 2
+    with pytest.raises(ValueError, match="has 4 residual branches that can be left out; got 5"):
+        shorten(model, nn.functional.cross_entropy, batches, structure, 5, example=(x,))

@@ -458,7 +458,7 @@ def test_an_impossible_budget_is_refused_before_the_work_with_the_smallest_that_
     assert "no plan fits the budget (params at most 0.01 of the original); the smallest this model can be made is: params 15 " in message
     assert "write 5%" in refused(*compress(tmp_path / "run", recipe, params=5))
     message = refused(*compress(tmp_path / "run", recipe, params=100000))
-    assert "the whole model (279 params, 1,116 bytes, 252 macs) already fits" in message
+    assert "the whole model (279 params, 1,116 bytes, 252 macs, 258,048 bops) already fits" in message
     assert not (tmp_path / "run" / "scores.json").exists()
     assert typed("score", tmp_path / "run").code == 0
     assert "the smallest this model can be made" in refused("plan", tmp_path / "run", "--params", "0.01")

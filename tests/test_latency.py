@@ -18,12 +18,13 @@ from curvepress.blocks import hull
 from curvepress.costs import cost
 from curvepress.desk import Desk
 from curvepress.latency import Axis, Grid, Layer, Machine, Table, check_machine, model_seconds, table_from_json, table_to_json
-from curvepress.pipeline import check_budget, run_stage
+from curvepress.pipeline import run_stage
 from curvepress.plan import Plan, tensors_after
 from curvepress.planner import at_most, search
 from curvepress.recipe import load_recipe
 from curvepress.runs import create
 from curvepress.scores import Scores
+from curvepress.searching import check_budget
 from curvepress.settings import limits, timing
 from curvepress.stopwatch import RUNTIMES, Case, Runtime, cached_table, calibrated, layers_of, measured_table, met, table_path
 from curvepress.stopwatch.runtimes import kernel_seconds, machine
@@ -351,7 +352,7 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
 
 
 ASKED = {"params": None, "bytes": None, "macs": None, "latency": 0.6, "runtime": "onnxruntime", "threads": 1, "batch": 1, "per": "latency",
-         "multiple": 1, "floor": 0.05}  # fmt: skip
+         "multiple": 1, "floor": 0.05, "whole": [], "aligned": False, "branches": 0}  # fmt: skip
 
 
 def test_the_plan_stage_keeps_a_latency_budget_and_the_table(small_run: Desk, tmp_path: Path) -> None:
@@ -378,12 +379,12 @@ def test_a_latency_out_of_reach_is_said_before_scoring(small_run: Desk) -> None:
 
 
 def test_latency_on_the_command_line() -> None:
-    assert limits(None, None, None, "60%")["latency"] == limits("0.5", None, None, "0.6")["latency"] == 0.6
-    assert limits(None, None, None, "0.8ms")["latency"] == "0.8ms"
+    assert limits(None, None, None, latency="60%")["latency"] == limits("0.5", None, None, latency="0.6")["latency"] == 0.6
+    assert limits(None, None, None, latency="0.8ms")["latency"] == "0.8ms"
     assert "latency" not in limits("0.5", None, None)
     for wrong in ("0", "-1ms", "150%", "2", "soon", "nan"):
         with pytest.raises(ValueError, match="--latency must be a share"):
-            limits(None, None, None, wrong)
+            limits(None, None, None, latency=wrong)
     assert timing(None, "tflite", 1, 1) == {}
     with pytest.raises(ValueError, match="got 'tflite'"):
         timing("60%", "tflite", 1, 1)

@@ -31,7 +31,7 @@ def test_the_cost_of_a_plan_written_out() -> None:
     structure = structure_of("mlp")
     plan = Plan(structure, {"net.1": (0, 5), "net.3": (1, 2, 3)})
     params = (192 * 2 + 2) + (2 * 3 + 3) + 3 + (3 * 5 + 5)
-    assert cost(plan) == Cost(params=params, bytes=8 * params, macs=192 * 2 + 2 * 3 + 3 * 5)
+    assert cost(plan) == Cost(params=params, bytes=8 * params, macs=192 * 2 + 2 * 3 + 3 * 5, bops=1024 * (192 * 2 + 2 * 3 + 3 * 5))
 
 
 @pytest.mark.parametrize(

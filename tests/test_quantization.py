@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvepress import cli, quantization
+from curvepress import cli, quantization, sessions
 from curvepress.export.onnx import to_onnx
 from curvepress.export.running import Running
 from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
@@ -111,9 +111,9 @@ def test_interrupted_it_goes_on_to_the_same_files(recipe: Path, tmp_path: Path, 
 
 def test_the_compressed_model_of_a_run_is_quantized_in_its_folder(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cli.run_stage.__globals__["quantization"], "compare_latency", in_no_time)
-        patch.setitem(cli.run_stage.__globals__, "to_onnx", as_one_file)
-        patch.setitem(cli.run_stage.__globals__, "compare_latency", in_no_time)
+        patch.setattr(sessions.run_stage.__globals__["quantization"], "compare_latency", in_no_time)
+        patch.setitem(sessions.run_stage.__globals__, "to_onnx", as_one_file)
+        patch.setitem(sessions.run_stage.__globals__, "compare_latency", in_no_time)
         assert typed("compress", recipe, "--params", "0.6", "--out", tmp_path / "run").code == 0
     assert typed("quantize", tmp_path / "run").code == 0
     found = facts_of(tmp_path / "run" / "quantized")
