@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from benchmarks import peer, records
-from benchmarks.refit import grams, refitted
 from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.plan import Plan
 from curvepress.planner import at_most, search
+from curvepress.repairing import repair
 from curvepress.scores import score
 from curvepress.surgery import apply
 from curvepress.tracing import trace
@@ -36,14 +36,23 @@ from curvepress_recipes import cifar10 as recipe
 
 HERE = Path(__file__).parent / "results"
 FILE, MODELS = HERE / "cifar10.jsonl", Path("runs/benchmarks/cifar10")
-METHODS = ("random", "magnitude", "taylor", "hessian_trace", "mask_curvature", "reconstruction", "reconstruction, refitted")
+METHODS = (
+    "random",
+    "magnitude",
+    "taylor",
+    "hessian_trace",
+    "mask_curvature",
+    "reconstruction",
+    "mask_curvature, repaired",
+    "reconstruction, repaired",
+)
 HOW = {
     "hessian_trace": {"estimator": "hessian"},
     "reconstruction": {"temperature": 4.0, "samples": 16},
 }
 """HAP's score is measured with HAP's estimator, Hutchinson's probes of the true Hessian."""
-REFITTED = ", refitted"
-"""Of what reads lost channels, by least squares on the calibration images, before the fine-tune."""
+REPAIRED = ", repaired"
+"""Layers refitted in closed form on calibration images, before the fine-tune."""
 PEER = "torch-pruning"
 EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
@@ -72,12 +81,14 @@ def _done(key: dict[str, Any]) -> bool:
 
 def _row(model: nn.Module, key: dict[str, Any], missing: list[int]) -> None:
     start = time.process_time()
-    small = _smaller(model, key)
-    spent = {"prune_cpu_seconds": time.process_time() - start}
+    small, plan = _smaller(model, key)
     path = MODELS / f"resnet{key['depth']}-{key['method']}-{key['share']}-{key['seed']}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     to_onnx(small, recipe.example(), path)
     small = reestimate(small, recipe.batches("calibration", seed=key["seed"]), examples=2048)
+    if key["method"].endswith(REPAIRED):
+        small = repair(small, model, recipe.batches("calibration", seed=key["seed"]), plan).model
+    spent = {"prune_cpu_seconds": time.process_time() - start}
     for epochs in missing:
         record = records.once(
             FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key["seed"], epochs) | _sizes(small) | spent
@@ -85,17 +96,15 @@ def _row(model: nn.Module, key: dict[str, Any], missing: list[int]) -> None:
         print({k: record[k] for k in ("depth", "seed", "share", "method", "epochs", "accuracy", "params", "macs")}, flush=True)
 
 
-def _smaller(model: nn.Module, key: dict[str, Any]) -> nn.Module:
+def _smaller(model: nn.Module, key: dict[str, Any]) -> tuple[nn.Module, Plan | None]:
     example = recipe.example()
     if key["method"] == PEER:
-        return peer.prune(model, example, key["share"])
-    structure, method = trace(model, example), key["method"].removesuffix(REFITTED)
+        return peer.prune(model, example, key["share"]), None
+    structure, method = trace(model, example), key["method"].removesuffix(REPAIRED)
     batches = recipe.batches("calibration", seed=key["seed"])
     how = {"method": method, "samples": SAMPLES, "probes": PROBES, "seed": key["seed"]} | HOW.get(method, {})
     plan = search(structure, score(model, recipe.loss, batches, structure, **how), at_most(params=key["share"]))
-    if key["method"] != method:
-        model = refitted(model, plan, grams(model, batches, how["samples"]))
-    return apply(model, plan, example)
+    return apply(model, plan, example), plan
 
 
 def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from torch import nn
 from benchmarks import peer, records
 from curvepress.batchnorm import reestimate
 from curvepress.costs import Cost, cost
+from curvepress.depth import around, shorten
 from curvepress.plan import Plan
-from curvepress.planner import at_most, search
+from curvepress.planner import search
 from curvepress.repairing import repair
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
@@ -30,31 +33,49 @@ from curvepress.tracing import trace
 from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "repair.jsonl"
-METHODS = ("magnitude", "hessian_trace", "mask_curvature")
+METHODS = ("magnitude", "hessian_trace", "mask_curvature", "reconstruction")
 PEER = "torch-pruning"
-SAMPLES, EXAMPLES = 8, 1024
+TEMPERATURES = {"reconstruction": 4.0}
+SAMPLES, EXAMPLES, BATCHES = 8, 1024, 3
 NAMES = {"hessian_trace": "relative trace", "mask_curvature": "curvature", PEER: "Torch-Pruning"}
 
 
-def measure(depth: int, method: str, budget: str, shares: list[float], inner: bool, seed: int) -> None:
+def measure(depth: int, method: str, budget: str, shares: list[float], *, inner: bool, branches: int, seed: int) -> None:
     """Whatever has no record yet."""
     keys: list[dict[str, Any]] = [
-        {"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "seed": seed} for share in shares
+        {"depth": depth, "method": method, "budget": budget, "share": share, "inner": inner, "branches": branches, "seed": seed}
+        for share in shares
     ]
     missing = [k for k in keys if not any(all(r.get(n) == v for n, v in k.items()) for r in records.read(FILE))]
     if not missing:
         return
     model = recipe.model(depth=depth)
     structure = trace(model, recipe.example())
-    scores = _scored(model, structure, method, seed)
+    scores, skip = _scored(model, structure, method, seed), _skipped(model, structure, branches, seed)
     for key in missing:
         if scores is None:
             plan = _peer_plan(model, structure, key["share"])
         else:
-            limit, whole = at_most(**{budget: key["share"]}), _stream(structure) if inner else ()
-            plan = search(structure, scores, limit, per="macs" if budget == "macs" else "channel", whole=whole)
+            plan = around(structure, scores, skip, _search(budget, key["share"], cost(Plan(structure)), inner=inner))
         record = records.once(FILE, key, partial(_measured, model, plan, seed))
         print({k: v for k, v in record.items() if k != "environment"}, flush=True)
+
+
+def _search(budget: str, share: float, whole: Cost, *, inner: bool) -> Callable[[Structure, Scores], Plan]:
+    """Channels under a share of the whole model's cost."""
+
+    def fits(now: Cost, _: Cost) -> bool:
+        return getattr(now, budget) <= share * getattr(whole, budget)
+
+    per = "macs" if budget == "macs" else "channel"
+    return lambda structure, scores: search(structure, scores, fits, per=per, whole=_stream(structure) if inner else ())
+
+
+def _skipped(model: nn.Module, structure: Structure, branches: int, seed: int) -> list[str]:
+    """So many blocks, those without which the loss rises least."""
+    batches = list(islice(recipe.batches("calibration", seed=seed), BATCHES))
+    found = shorten(model, recipe.loss, batches, structure, branches, example=(recipe.example(),)) if branches else ()
+    return [r.name for r in found]
 
 
 def _scored(model: nn.Module, structure: Structure, method: str, seed: int) -> Scores | None:
@@ -63,7 +84,8 @@ def _scored(model: nn.Module, structure: Structure, method: str, seed: int) -> S
         return None
     estimator = "gauss-newton" if method == "hessian_trace" else "auto"
     batches = recipe.batches("calibration", seed=seed)
-    return score(model, recipe.loss, batches, structure, method=method, estimator=estimator, samples=SAMPLES, seed=seed)
+    how = {"method": method, "estimator": estimator, "temperature": TEMPERATURES.get(method, 1.0)}
+    return score(model, recipe.loss, batches, structure, samples=SAMPLES, seed=seed, **how)
 
 
 def _stream(structure: Structure) -> list[str]:
@@ -104,6 +126,7 @@ def table() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for r in sorted(rows, key=lambda r: (r["depth"], r["budget"] == "macs", -r["share"], r["repaired"])):
         cut = "inner channels" if r["inner"] or r["method"] == PEER else "all channels"
+        cut += f", {r['branches']} blocks" if r["branches"] else ""
         accuracies = f"{r['reestimated']:.2f} | {r['repaired']:.2f}"
         sizes, took = f"{r['params']:.1%} | {r['macs']:.1%}", f"{r['repair_cpu_seconds']:.0f} | {r['repair_mib']:.0f}"
         print(f"| ResNet-{r['depth']} | {sizes} | {NAMES.get(r['method'], r['method'])} | {cut} | {accuracies} | {took} |")
@@ -118,13 +141,15 @@ def main() -> None:
     parser.add_argument("--budget", choices=("params", "macs"), default="params")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--inner", action="store_true", help="leave the residual stream whole")
+    parser.add_argument("--branches", type=int, default=0, help="blocks to leave out whole first")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "table":
         table()
     else:
-        measure(options.depth, options.method, options.budget, options.shares, options.inner, options.seed)
+        how = {"inner": options.inner, "branches": options.branches, "seed": options.seed}
+        measure(options.depth, options.method, options.budget, options.shares, **how)
 
 
 if __name__ == "__main__":
