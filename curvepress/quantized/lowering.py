@@ -8,15 +8,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.library import Library, register_fake
+from torch import Tensor, fx, library, nn
 
 from ..quantizer import Grid, bias_scale, centred, quantize, quantize_bias
 from .graphs import argument, aten, drop_unused, is_getitem, tensor
 from .modules import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from .placement import CLAMPS, CONVOLUTIONS, moves, operator_name
 
-_LIBRARY = Library("curvepress", "FRAGMENT")
+_LIBRARY = library.Library("curvepress", "FRAGMENT")
 _LIBRARY.define("round_to_grid(Tensor x, float scale, int zero_point, int low, int high) -> Tensor")
 _LIBRARY.define("dequantize(Tensor levels, Tensor scale, int axis, int group) -> Tensor")
 
@@ -36,8 +35,8 @@ def dequantize(levels: Tensor, scale: Tensor, axis: int, group: int) -> Tensor:
 
 for _name, _function in (("round_to_grid", round_to_grid), ("dequantize", dequantize)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-register_fake("curvepress::round_to_grid", lambda x, scale, zero_point, low, high: torch.empty_like(x))
-register_fake("curvepress::dequantize", lambda levels, scale, axis, group: levels.new_empty(levels.shape, dtype=scale.dtype))
+library.register_fake("curvepress::round_to_grid", lambda x, scale, zero_point, low, high: torch.empty_like(x))
+library.register_fake("curvepress::dequantize", lambda levels, scale, axis, group: levels.new_empty(levels.shape, dtype=scale.dtype))
 
 ROUND = torch.ops.curvepress.round_to_grid.default
 DEQUANTIZE = torch.ops.curvepress.dequantize.default
