@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from math import gcd
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import lil_matrix
 
 from .bitwidths import BitPrices, Price
 from .packing import packed_size
 from .quantized import Bits, Layout, Product
+from .solver import solved
 
 FLOAT = 32
 """Bits of what stays in float."""
@@ -292,7 +293,7 @@ def _solved(program: _Program, prices: BitPrices) -> Bits:
             matrix[r, i] = c
     constraint = LinearConstraint(matrix.tocsr(), [r[1] for r in rows], [r[2] for r in rows])
     whole = np.arange(count) < len(program.options)
-    found = milp(_scaled(program), integrality=whole, bounds=Bounds(0, 1), constraints=constraint, options={"mip_rel_gap": 0})
+    found = solved(_scaled(program), integrality=whole, bounds=Bounds(0, 1), constraints=constraint, options={"mip_rel_gap": 0})
     if found.x is None:
         raise ValueError(f"no choice of bits fits: {_least(program, prices)}")
     return _chosen(program, prices, [i for i in range(len(program.options)) if found.x[i] > 0.5])

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import coo_matrix
 
 from .bitplan import FLOAT
+from .solver import solved
 from .tradeoffs import COSTS, Problem, State
 
 MOST = 200_000
@@ -156,7 +157,7 @@ def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float],
         terms = np.concatenate([np.zeros(whole), *(b.costs[:, n] for b in blocks)])
         bounds.append(LinearConstraint(terms[None, :] / max(base[n], 1), -np.inf, (limit - base[n]) / max(base[n], 1)))
     scale = max(np.abs(rises).max(), 1e-300)
-    found = milp(
+    found = solved(
         rises / scale, integrality=np.arange(count) < whole, bounds=Bounds(0, 1), constraints=[equal, *bounds],
         options={"time_limit": seconds, "mip_rel_gap": 1e-6},
     )  # fmt: skip

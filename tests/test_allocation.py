@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import os
 import random
 
 import pytest
 
+from curvepress import solver
 from curvepress.allocation import Allocation, allocate, allocation, frontier, runnable, uniform
 from curvepress.bitwidths import BitPrices, Price, prices_from_dict, prices_to_dict
 from curvepress.packing import packed_size
@@ -191,3 +193,10 @@ def test_prices_and_bits_come_back_from_json():
 def test_what_are_no_prices_is_refused(spoil):
     with pytest.raises(ValueError, match="prices of bits"):
         prices_from_dict(spoil(prices_to_dict(made(0))))
+
+
+def test_the_solver_keeps_quiet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(solver, "milp", lambda costs: os.write(1, b"a remark of the solver") and costs)
+    assert solver.solved("costs") == "costs"
+    print("and then a word of ours")
+    assert capfd.readouterr().out == "and then a word of ours\n"
