@@ -29,7 +29,7 @@ RECIPE = "recipe"
 
 @dataclass(frozen=True)
 class Flow:
-    """The files of the run folder that a stage reads and writes, and those it ``may`` write where it is asked to."""
+    """The files of the run folder that a stage reads and writes."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]

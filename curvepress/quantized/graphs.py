@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from math import prod
 from typing import Any
@@ -82,14 +82,6 @@ def observe(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Values:
     with torch.no_grad():
         Recorder(graph).run(*inputs)
     return values
-
-
-def insert_after(node: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-    """A new call right behind a node, with the node's place in the model."""
-    with node.graph.inserting_after(node):
-        new = node.graph.call_function(target, args)
-    new.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
-    return new
 
 
 def _make_functional(graph: fx.GraphModule) -> None:
