@@ -154,15 +154,11 @@ def compress(
     common = {"seed": seed, "threads": threads}
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
-    if branches and chosen:
-        raise ValueError(
-            "--branches and --bits: first leave out branches, then `curvepress quantize` the folder, which prices the bits of what is left"
-        )
     shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned, "branches": branches}
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "weigh": {"examples": price_examples, **common},
+        "weigh": {"examples": price_examples, **({"branches": branches} if branches else {}), **common},
         "plan": {**budget, "per": per or _usual(latency), **shape, **chosen},
         "apply": common,
         "repair": {"examples": repair_examples, **common},

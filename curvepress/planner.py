@@ -24,9 +24,10 @@ PER = ("channel", "params", "bytes", "macs", "latency")
 
 @dataclass(frozen=True)
 class AtMost:
-    """The usual budget: an upper limit on some of the costs, as a share of the whole model or absolute."""
+    """The usual budget: an upper limit on some of the costs, as a share of the whole model, or of ``of``, or absolute."""
 
     limits: Mapping[str, float]
+    of: Cost | None = None
 
     def __call__(self, now: Cost, whole: Cost) -> bool:
         """Whether every limit is kept.
@@ -40,6 +41,7 @@ class AtMost:
 
     def absolute(self, whole: Cost) -> dict[str, float]:
         """The limits in units of the cost."""
+        whole = self.of or whole
         return {k: v * getattr(whole, k) if _share(v) else v / 1000 if k == "latency" else v for k, v in self.limits.items()}
 
     def __str__(self) -> str:
@@ -201,7 +203,7 @@ def cheapest(family: Callable[[int], Plan], steps: int, budget: Budget, table: T
 
 def unreachable(smallest: Cost, whole: Cost, budget: Budget, way_out: str, *, by: str = "") -> str:
     """What is said of a budget that cannot be met."""
-    sizes = whole.known()
+    sizes = ((budget.of if isinstance(budget, AtMost) else None) or whole).known()
     least = ", ".join(f"{k} {written(k, v)} ({v / (sizes[k] or 1):.1%})" for k, v in smallest.known().items())
     made = f"that {by} can make this model is" if by else "this model can be made is"
     return f"no plan fits the budget ({_described(budget)}); the smallest {made}: {least}. Allow more, or {way_out}"

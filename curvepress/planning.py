@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from .alignment import Shape
@@ -14,10 +15,11 @@ from .bitplan import Multiplication, Wiring
 from .bitwidths import bit_prices, prices_from_dict, prices_to_dict
 from .costs import cost
 from .curvature import Stop
+from .depth import shorten
 from .desk import Desk
 from .files import write_text
 from .joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
-from .plan import Plan, dumps
+from .plan import Plan, after, dumps
 from .quantized import Bits, calibrate, quantize
 from .report import picture
 from .runs import Run
@@ -31,12 +33,19 @@ WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
 FRONTIER = {"format": "curvepress frontier", "version": 1}
 CALIBRATED = 512
 """Examples that ranges of activations are found on where a point of the frontier is measured."""
+SHORTENED = 3
+"""Calibration batches on which branches are left out on trial."""
 
 
 def weighed(desk: Desk, settings: Settings) -> None:
-    """The stage that prices all bits of the original model."""
+    """The stage that prices all bits of the original model, or of what is left of it without the branches that cost least."""
     recipe, model = desk.recipe, desk.original()
     structure = load_structure(desk.path("structure.json"))
+    skip = left_out(desk, structure, settings.get("branches", 0))
+    if skip:
+        without = Plan(structure, skip=skip)
+        model, structure = applied(model, without, *recipe.inputs()).model, after(without)
+        model = reestimate(model, recipe.batches("calibration", seed=settings["seed"])).eval()
     found = wiring(model, structure, recipe.inputs())
     batches = recipe.batches("calibration", seed=settings["seed"])
     show = lambda p: desk.progress("calibration batches", p.samples, p.wanted or p.samples)  # noqa: E731
@@ -44,7 +53,27 @@ def weighed(desk: Desk, settings: Settings) -> None:
         model, recipe.loss, batches, recipe.inputs(), stop=Stop(examples=settings["examples"]), seed=settings["seed"], progress=show
     )
     desk.note(prices.detail)
-    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, "wiring": asdict(found), "prices": prices_to_dict(prices)}))
+    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, "skip": skip, "wiring": asdict(found), "prices": prices_to_dict(prices)}))
+
+
+def left_out(desk: Desk, structure: Structure, count: int) -> tuple[str, ...]:
+    """So many branches, those that cost least by the loss on calibration batches.
+
+    Raises:
+        ValueError: if the model has fewer.
+    """
+    if not count:
+        return ()
+    recipe, tell = desk.recipe, lambda n: desk.progress("branches measured", n, max(n, len(structure.branches)))
+    batches = list(islice(recipe.batches("calibration", seed=0), SHORTENED))
+    gone = shorten(desk.original(), recipe.loss, batches, structure, count, example=recipe.inputs(), progress=tell)
+    desk.note(f"without {', '.join(r.name for r in gone)}: the loss rises by {gone[-1].rise:.3g} ± {gone[-1].stderr:.2g} before repair")
+    return tuple(r.name for r in gone)
+
+
+def weighed_without(run: Run) -> tuple[str, ...]:
+    """The branches without which the bits of a run were priced."""
+    return tuple(read_json(run.folder / "bit_prices.json", WEIGHED).get("skip", ()))
 
 
 def joint_family(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Family:

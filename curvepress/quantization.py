@@ -115,18 +115,26 @@ def load_prices(desk: Desk) -> BitPrices:
 
 
 def chosen(prices: BitPrices, settings: Settings) -> Allocation:
-    """The bits that the settings ask for: those of a text, the same for all, or the best within budgets.
+    """The bits that the settings ask for: those of a text, or the best that cost no more; the same for all; or the best within budgets.
 
     Raises:
         ValueError: if bits have no price, or nothing fits.
     """
     if settings["given"] is not None:
-        return allocation(prices, bits_from_json(settings["given"]))
+        found = allocation(prices, bits_from_json(settings["given"]))
+        return _spread_anew(prices, found, settings["spread"]) if settings.get("spread") else found
     if settings["bits"] is not None:
         return uniform(prices, settings["bits"], max(settings["activations"]))
     limits = {k: _absolute(prices.layout, k, settings[k]) for k in BUDGETS if settings[k] is not None}
     allowed = runnable(prices.layout, settings["target"])
     return allocate(prices, weights=allowed, activations=settings["activations"], **limits)
+
+
+def _spread_anew(prices: BitPrices, found: Allocation, spread: Settings) -> Allocation:
+    """The best bits that cost no more than those that were planned before what is left recovered."""
+    limits = {k: getattr(found, k) for k in spread["limits"]}
+    allowed = {name: [b for b in spread["weights"] if b in own] for name, own in prices.weights.items()}
+    return allocate(prices, weights=allowed, activations=spread["activations"], **limits)
 
 
 def _absolute(what: Layout, name: str, limit: float) -> float:

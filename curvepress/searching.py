@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .alignment import head_widths
 from .artifacts import load_scores, load_structure
-from .costs import Cost, cost, written
-from .depth import around, shorten
+from .costs import cost, written
+from .depth import around
 from .desk import Desk
 from .joint import choose
 from .latency import Table
 from .plan import Plan
-from .planner import Budget, at_most, search
-from .planning import joint_family
+from .planner import at_most, search
+from .planning import joint_family, left_out, weighed_without
 from .runs import Run
 from .scores import LOSS_UNIT, Scores
 from .structure import Structure
 from .timetables import table_of, timed_plan
 
 Settings = Mapping[str, Any]
-SHORTENED = 3
-"""Calibration batches on which branches are left out on trial."""
 PERCENTS = 100
 """Up to here an absolute limit that is out of reach was perhaps meant in percent."""
 
@@ -38,7 +36,7 @@ def planned(desk: Desk, settings: Settings) -> Plan:
         ValueError: if no plan fits, or the whole model does.
     """
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
-    skip = _left_out(desk, structure, settings)
+    skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
     if settings.get("latency") is None:
         return _searched(desk.run, structure, scores, settings, skip)
     table = table_of(desk, settings)
@@ -47,17 +45,6 @@ def planned(desk: Desk, settings: Settings) -> Plan:
         return _searched(desk.run, structure, scores, {**settings, "latency": limit}, skip, table)
 
     return timed_plan(desk, settings, table, within).plan
-
-
-def _left_out(desk: Desk, structure: Structure, settings: Settings) -> tuple[str, ...]:
-    """The branches that cost least, by the loss on calibration batches."""
-    if not settings["branches"]:
-        return ()
-    recipe, tell = desk.recipe, lambda n: desk.progress("branches measured", n, max(n, len(structure.branches)))
-    batches = list(islice(recipe.batches("calibration", seed=0), SHORTENED))
-    gone = shorten(desk.original(), recipe.loss, batches, structure, settings["branches"], example=recipe.inputs(), progress=tell)
-    desk.note(f"without {', '.join(r.name for r in gone)}: the loss rises by {gone[-1].rise:.3g} ± {gone[-1].stderr:.2g} before repair")
-    return tuple(r.name for r in gone)
 
 
 def _searched(
@@ -70,36 +57,22 @@ def _searched(
             "--aligned has nothing to hold equal: this model has no attention block with a query-key and a value width; leave it out"
         )
     try:
-        if settings.get("bits"):
-            return choose(joint_family(run, structure, scores, settings), at_most(**limits)).plan
-        budget, whole = at_most(**limits), cost(Plan(structure), table)
-        if skip:
-            plan = around(
-                structure, scores, skip, lambda s, v: search(s, v, _Of(budget, whole), table=table and _rest(table, s), **options)
-            )
-        else:
-            plan = search(structure, scores, budget, table=table, **options)
+        budget = replace(at_most(**limits), of=cost(Plan(structure), table))
+
+        def gentlest(structure: Structure, scores: Scores) -> Plan:
+            times = _rest(table, structure) if table and skip else table
+            if settings.get("bits"):
+                return choose(joint_family(run, structure, scores, settings), budget, partial(cost, table=times)).plan
+            return search(structure, scores, budget, table=times, **options)
+
+        plan = around(structure, scores, skip, gentlest) if skip else gentlest(structure, scores)
     except ValueError as error:
         percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
         raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
-    if plan.empty:
+    if plan.empty and not settings.get("bits"):
         said = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
         raise ValueError(f"the whole model ({said}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less")
     return plan
-
-
-@dataclass(frozen=True)
-class _Of:
-    """A budget whose shares are of another model than the one that is searched."""
-
-    budget: Budget
-    whole: Cost
-
-    def __call__(self, now: Cost, whole: Cost) -> bool:
-        return self.budget(now, self.whole)
-
-    def __str__(self) -> str:
-        return str(self.budget)
 
 
 def _rest(table: Table, structure: Structure) -> Table:
@@ -120,5 +93,5 @@ def check_budget(desk: Desk, settings: Settings) -> None:
             f"--branches {settings['branches']}: this model has {len(structure.branches)} residual branches that can be left out"
         )
     largest = sorted(structure.branches, key=lambda b: cost(Plan(structure, skip=(b.name,))).params)[: settings["branches"]]
-    none = Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0)
-    _searched(desk.run, structure, none, settings, [b.name for b in largest], table)
+    skip = weighed_without(desk.run) if settings.get("bits") else tuple(b.name for b in largest)
+    _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)

@@ -137,17 +137,20 @@ def _step_seconds(model: torch.nn.Module, task: Recipe, batch: Any) -> float:
 def quantized_as_planned(
     run: Run, task: Recipe, training: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], *, again: bool
 ) -> None:
-    """The compressed model with the bits of its plan, by the stages of `quantize`, in the same folder."""
+    """The compressed model with as many bits as its plan has, spread anew by prices of what has recovered, by the stages of `quantize`,
+    in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
              "asymmetric": False, **common}  # fmt: skip
-    free = dict.fromkeys(("bits", "average", "bytes", "bops"))
+    free, asked = dict.fromkeys(("bits", "average", "bytes", "bops")), settings["plan"]
+    spread = {"limits": ["bytes", *(["bops"] if asked.get("bops") is not None else [])], "weights": asked["bits"],
+              "activations": asked["activation_bits"]}  # fmt: skip
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
         "price": price,
         "choose": {
-            **free, "given": given_bits(Desk(run, task).plan()), "activations": [8], "target": "storage", "group": None, "dynamic": False,
-            "asymmetric": False,
+            **free, "given": given_bits(Desk(run, task).plan()), "spread": spread, "activations": [8], "target": "storage", "group": None,
+            "dynamic": False, "asymmetric": False,
         },
         "quantize": {**training, "rounding": "adaptive", "ranges": "mse", "calibration": 512},
         "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},

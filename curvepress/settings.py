@@ -25,7 +25,7 @@ FIT: Mapping[str, Any] = {
     "precision": "full",
 }
 """The settings of the fine-tune where neither the user nor the recipe has others."""
-QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9}
+QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9, "precision": "full"}
 """Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
 
 

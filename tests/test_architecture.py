@@ -74,7 +74,7 @@ TABLE = {
     "findings": "plan costs artifacts report desk runs",
     "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
     "bitwidths allocation requantization",
-    "planning": "structure plan costs scores alignment batchnorm bitplan bitwidths joint wiring curvature quantized surgery report "
+    "planning": "structure plan costs scores alignment batchnorm depth bitplan bitwidths joint wiring curvature quantized surgery report "
     "artifacts files runs desk",
     "options": "allocation bitwidths requantization quantization",
     "searching": "structure plan costs scores alignment planner latency joint planning depth timetables artifacts runs desk",

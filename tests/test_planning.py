@@ -4,39 +4,95 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from test_cli import TINY, in_no_time, typed
 
 from curvepress import pipeline, quantization
+from curvepress.allocation import allocation
+from curvepress.bitwidths import prices_from_dict
 from curvepress.costs import cost
 from curvepress.plan import Plan, from_json
-from curvepress.runs import QUANTIZATION
+from curvepress.quantized import bits_from_json
+from curvepress.runs import FLOWS, QUANTIZATION
+from curvepress.wiring import bits_of_plan
 
 ASKED = ("--bytes", "50%", "--bits", "2-8", "--price-examples", 64, "--samples", 3, "--epochs", 1, "--qat-epochs", 1)
+
+
+PLAIN = "    network = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))\n"
+BLOCKS = "    network = nn.Sequential(nn.Linear(6, width), *(Block(width) for _ in range(3)), nn.Linear(width, 3))\n"
+BLOCK = """
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return (x + self.down(self.up(x).relu())).relu()
+"""
+
+
+def residual(folder: Path) -> Path:
+    """The tiny recipe with three residual blocks for its middle."""
+    text = TINY.read_text()
+    assert PLAIN in text
+    (folder / "task.py").write_text(text.replace(PLAIN, BLOCKS) + BLOCK)
+    return folder / "task.py"
+
+
+def finished(task: Path, *asked: object) -> Path:
+    """The folder of a finished run beside its recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "compare_latency", in_no_time)
+        patch.setattr(quantization, "compare_latency", in_no_time)
+        said = typed("compress", task, "--out", task.parent / "run", *asked)
+    assert said.code == 0, said
+    return task.parent / "run"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     home = tmp_path_factory.mktemp("joint")
-    shutil.copy(TINY, home / "task.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", in_no_time)
-        patch.setattr(quantization, "compare_latency", in_no_time)
-        said = typed("compress", home / "task.py", "--out", home / "run", *ASKED)
-    assert said.code == 0, said
-    return home / "run"
+    return finished(Path(shutil.copy(TINY, home / "task.py")), *ASKED)
 
 
 def test_one_command_makes_what_was_planned(run: Path) -> None:
     plan = from_json((run / "plan.json").read_text())
     assert plan.bits is not None and cost(plan).bytes <= 0.5 * cost(Plan(plan.structure)).bytes
-    chosen = json.loads((run / "bits.json").read_text())
-    assert chosen["weights"] == dict(plan.bits.weights) and chosen["sites"] == dict(plan.bits.activations)
+    check_spread(run, plan)
     wanted = {name for flow in QUANTIZATION.values() for name in flow.writes} | {"bit_prices.json"}
     assert wanted <= {p.name for p in run.iterdir()}
+
+
+def check_spread(run: Path, plan: Plan) -> None:
+    """The bits that are used take no more than those of the plan, and are predicted to do no more harm to what has recovered."""
+    prices = prices_from_dict(json.loads((run / "prices.json").read_text()))
+    used = allocation(prices, bits_from_json((run / "bits.json").read_text()))
+    planned = allocation(prices, bits_of_plan(plan))
+    assert used.bytes <= planned.bytes and used.rise <= planned.rise * (1 + 1e-9)
+
+
+def test_branches_go_first_and_channels_and_bits_are_planned_around_them(tmp_path: Path) -> None:
+    asked = ("--branches", 1, "--bytes", "30%", "--bits", "2-4", "--price-examples", 64, "--samples", 3, "--epochs", 1)
+    run = finished(residual(tmp_path), *asked)
+    plan = from_json((run / "plan.json").read_text())
+    assert len(plan.skip) == 1 and plan.bits is not None
+    assert cost(plan).bytes <= 0.3 * cost(Plan(plan.structure)).bytes
+    assert not {n for n in plan.bits.weights if n.startswith(plan.skip[0] + ".")} and set(plan.bits.weights.values()) <= {2, 3, 4}
+    check_spread(run, plan)
+    with safe_open(run / "quantized.safetensors", "pt") as file:
+        held = {k: file.get_tensor(k) for k in file.keys() if k not in ("index", "digest")}  # noqa: SIM118
+    used = bits_from_json((run / "bits.json").read_text())
+    packed = replace(plan, bits=replace(plan.bits, weights=used.weights, activations=used.sites))
+    assert sum(t.numel() * t.element_size() for t in held.values()) == cost(packed).bytes <= cost(plan).bytes
+    said = typed("compress", tmp_path / "task.py", "--out", run, *asked)
+    assert said.code == 0 and said.out.count("done before") == len(FLOWS) + 1 + len(QUANTIZATION), said
 
 
 def test_the_same_command_has_nothing_left_to_do(run: Path) -> None:
