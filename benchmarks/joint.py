@@ -1,13 +1,14 @@
 """Widths and bits in one plan against either alone and one after the other, at the same bytes; and the planner's time and gap.
 
-    python -m benchmarks.joint measure                     # no training: minutes; resumes
-    python -m benchmarks.joint measure --batches 195       # half an epoch in float, then as much quantized; resumes after each plan
-    python -m benchmarks.joint planner                     # time and gap to the exact plan against the number of groups
+    python -m benchmarks.joint measure      # repair, then 100 batches in float and 100 quantized: two minutes a plan; resumes
+    python -m benchmarks.joint latency      # of the files that this leaves, against the original, in turns; leave the machine alone
+    python -m benchmarks.joint planner      # time and gap to the exact plan against the number of groups
     python -m benchmarks.joint table
 
 Bytes are those of the content of the packed file, as shares of the float model's.  ``prune, then bits`` cuts half of the parameters
-first.  Recovery is the same for all: so many batches in float, then as many quantized (what is not quantized trains in float again),
-with the original as the teacher.  Accuracy is that on the test images, which no choice looks at.  Needs the data of the recipe ``cifar10``.
+first.  Recovery is the same for all: repair in closed form where channels went, so many batches in float, then as many quantized (what
+is not quantized trains in float again), with the original as the teacher.  Accuracy is that of the ONNX file on the test images, which no
+choice looks at.  Needs the data of the recipe ``cifar10``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,23 @@ import torch
 from torch import nn
 
 from benchmarks import records
+from benchmarks.networks import NETWORKS as NETS
+from benchmarks.networks import labels, percent, predictions
+from benchmarks.networks import original as original_file
 from curvepress.alignment import Shape
-from curvepress.batchnorm import reestimate
+from curvepress.artifacts import save
 from curvepress.bitplan import FLOAT, Multiplication, Wiring
 from curvepress.bitwidths import BitPrices, Price, bit_prices
 from curvepress.costs import cost
 from curvepress.curvature import Stop
 from curvepress.exactly import exact
+from curvepress.export import compare_latency, to_onnx
+from curvepress.export.integers import to_integer_onnx
 from curvepress.joint import Bitwidths, Exchange, Probe, choose, exchange_rates, family, joint_problem, search_jointly
-from curvepress.plan import Plan, after
+from curvepress.plan import Plan, after, tensors_after
 from curvepress.planner import at_most, search
 from curvepress.quantized import Layout, Weight, calibrate, packed, quantize
+from curvepress.repairing import repair
 from curvepress.scores import LOSS_UNIT, Scores, score
 from curvepress.structure import Group, Member, Structure, TensorSpec
 from curvepress.surgery import apply
@@ -50,17 +58,20 @@ METHODS = ("joint", "joint, exchanged", "prune", "bits", "prune, then bits")
 SIZES = (2, 4, 8, 16, 100, 1000, 10_000)
 EXACT = 16
 """Groups up to which the exact plan is looked for."""
+TEMPERATURE = 4.0
+"""Of the output curvature behind all prices."""
 PROBED = 8
 """Calibration batches on which the loss is compared where rates of exchange are measured."""
 
 
 @lru_cache
 def priced(depth: int) -> tuple[nn.Module, Structure, Scores, BitPrices, Wiring]:
-    """The network, its structure, and all prices, from calibration images."""
+    """The network, its structure, and all prices, from calibration images; those of channels are what is left after repair."""
     model, x = recipe.model(depth=depth), recipe.example()
     structure = trace(model, x)
-    scores = score(model, recipe.loss, recipe.batches("calibration", seed=0), structure, samples=16)
-    prices = bit_prices(model, recipe.loss, recipe.batches("calibration", seed=0), x, stop=Stop(examples=512))
+    given = {"temperature": TEMPERATURE}
+    scores = score(model, recipe.loss, recipe.batches("calibration", seed=0), structure, method="reconstruction", samples=8, **given)
+    prices = bit_prices(model, recipe.loss, recipe.batches("calibration", seed=0), x, stop=Stop(examples=512), **given)
     return model, structure, scores, prices, wiring(model, structure, x)
 
 
@@ -118,19 +129,32 @@ def _loss(model: nn.Module) -> float:
 
 
 def made(plan: Plan, depth: int, batches: int, label: str = "") -> nn.Module:
-    """The network of a plan after recovery; its statistics are re-estimated where that helps on calibration images."""
+    """The network of a plan after recovery; with a label its files are kept."""
     model, x = priced(depth)[0], recipe.example()
-    cut = apply(model, plan, x)
-    small = min((cut, reestimate(cut, recipe.batches("calibration", seed=0))), key=_loss)
+    small = apply(model, plan, x)
+    if plan.keep:
+        small = repair(small, model, recipe.batches("calibration", seed=0), plan).model
     small = _trained(small, model, batches, 0.01, 0).eval()
-    quantized = plan.bits is not None and any(plan.bits.weights.values())
+    quantized = _quantized(plan)
     if quantized:
         small = calibrate(quantize(small, bits_of_plan(plan), x), recipe.batches("calibration", seed=1), examples=512)
     small = _trained(small, model, batches, 0.004 if quantized else 0.01, 1).eval()
-    if quantized and label:
+    if label:
         MODELS.mkdir(parents=True, exist_ok=True)
-        packed.save(small, MODELS / f"{label}.safetensors")
+        (packed.save if quantized else save)(small, _file(label, "safetensors"))
+        if quantized:
+            to_integer_onnx(small, recipe.batches("validation"), _file(label, "onnx"))
+        else:
+            to_onnx(small, x, _file(label, "onnx"))
     return small
+
+
+def _quantized(plan: Plan) -> bool:
+    return plan.bits is not None and any(plan.bits.weights.values())
+
+
+def _file(label: str, kind: str) -> Path:
+    return MODELS / f"{label}.{kind}"
 
 
 def _trained(model: nn.Module, teacher: nn.Module, batches: int, lr: float, seed: int) -> nn.Module:
@@ -140,38 +164,44 @@ def _trained(model: nn.Module, teacher: nn.Module, batches: int, lr: float, seed
     return fit(model, recipe.loss, some, epochs=1, lr=lr, seed=seed, teacher=teacher, distill_weight=0.9, clip_norm=1.0).model
 
 
-def measure(depth: int, shares: list[float], methods: list[str], batches: int, images: int) -> None:
+def measure(depth: int, shares: list[float], methods: list[str], batches: int) -> None:
     """Measure whatever has no record yet."""
     for share in shares:
         for method in methods:
-            key = {"depth": depth, "method": method, "share": round(share, 4), "batches": batches, "images": images, "seed": 0}
-            print(records.once(FILE, key, lambda s=share, m=method: _measured(m, s, depth, batches, images)), flush=True)
+            key = {"depth": depth, "method": method, "share": round(share, 4), "batches": batches, "seed": 0}
+            print(records.once(FILE, key, lambda s=share, m=method: _measured(m, s, depth, batches)), flush=True)
 
 
-def _measured(method: str, share: float, depth: int, batches: int, images: int) -> records.Record:
+def _measured(method: str, share: float, depth: int, batches: int) -> records.Record:
     start = time.process_time()
     try:
         plan = planned(method, share, depth, batches)
     except ValueError as reason:
         return {"impossible": str(reason)}
     label = f"resnet{depth}-{method}-{share:.4f}-{batches}".replace(", ", "-").replace(" ", "-")
-    module = made(plan, depth, batches, label)
-    file = MODELS / f"{label}.safetensors"
-    widths = [b for b in plan.bits.weights.values() if b] if plan.bits else []
+    made(plan, depth, batches, label)
+    net, found = NETS[f"ResNet-{depth}"], cost(plan)
+    bits, sizes = plan.bits.weights if plan.bits else {}, {n: prod(t.shape) for n, t in tensors_after(plan).items()}
     return {
-        "accuracy": _accuracy(module, images), **vars(cost(plan)), "file": file.stat().st_size if file.exists() else None,
-        "mean_bits": float(np.mean(widths)) if widths else None, "cpu_seconds": time.process_time() - start,
+        "accuracy": percent(predictions(net, _file(label, "onnx")) == labels(net)), **found.known(),
+        "file": _file(label, "safetensors").stat().st_size, "onnx": _file(label, "onnx").name,
+        "mean_bits": sum(sizes[n] * (b or FLOAT) for n, b in bits.items()) / sum(sizes[n] for n in bits) if _quantized(plan) else None,
+        "cpu_seconds": time.process_time() - start,
     }  # fmt: skip
 
 
-def _accuracy(model: nn.Module, images: int) -> float:
-    right = total = 0
-    with torch.inference_mode():
-        for x, y in recipe.batches("test", batch_size=250):
-            right, total = right + int((model(x).argmax(1) == y).sum()), total + len(y)
-            if total >= images:
-                break
-    return round(100 * right / total, 3)
+def latency(depth: int) -> None:
+    """Ratios to the original of all files, measured in turns."""
+    rows = [r for r in records.read(FILE) if r.get("depth") == depth and "onnx" in r and (MODELS / r["onnx"]).exists()]
+    for name in (r["onnx"] for r in rows):
+        key = {"what": "latency", "onnx": name}
+        print(records.once(FILE, key, lambda n=name: _latency(depth, n)), flush=True)
+
+
+def _latency(depth: int, name: str) -> records.Record:
+    paths = {"original": original_file(f"ResNet-{depth}"), "small": MODELS / name}
+    timings = [t for t in compare_latency(paths, recipe.example().numpy(), seconds=8.0) if t.name == "small"]
+    return {f"batch {t.batch}": [t.ratio.low, t.ratio.median, t.ratio.high] for t in timings}
 
 
 def planner(sizes: list[int]) -> None:
@@ -236,32 +266,34 @@ def table() -> None:
 
 
 def _accuracy_table(rows: list[records.Record]) -> Iterator[str]:
-    yield "| network | bytes | batches of recovery | plan | test accuracy | bytes | file | mean bits | parameters | G BOPs |"
+    times = {r["onnx"]: r for r in records.read(FILE) if r.get("what") == "latency"}
+    yield "| network | bytes | plan | test accuracy | bytes of the file | mean bits | parameters | G BOPs | latency, batch 1 | batch 64 |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for r in sorted(rows, key=lambda r: (r["depth"], r["batches"], -r["share"], METHODS.index(r["method"]))):
-        head = f"| ResNet-{r['depth']} | 1/{1 / r['share']:.0f} | {r['batches']} | {r['method']} |"
+        head = f"| ResNet-{r['depth']} | 1/{1 / r['share']:.0f} | {r['method']} |"
         if "impossible" in r:
-            yield f"{head} none so small | | | | | |"
+            yield f"{head} none so small | | | | | | |"
             continue
-        file = f"{r['file']:,}" if r["file"] else "–"
         bits = f"{r['mean_bits']:.2f}" if r["mean_bits"] else "32"
-        yield f"{head} {r['accuracy']:.2f} | {r['bytes']:,} | {file} | {bits} | {r['params']:,} | {r['bops'] / 1e9:.2f} |"
+        taken = [f"{times[r['onnx']][f'batch {n}'][1]:.2f}" if r["onnx"] in times else "–" for n in (1, 64)]
+        yield f"{head} {r['accuracy']:.2f} | {r['file']:,} | {bits} | {r['params']:,} | {r['bops'] / 1e9:.2f} | {' | '.join(taken)} |"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "planner", "table"))
+    parser.add_argument("what", choices=("measure", "latency", "planner", "table"))
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--batches", type=int, default=0)
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     o = parser.parse_args()
     torch.set_num_threads(1)
     if o.what == "measure":
-        measure(o.depth, o.shares, o.methods, o.batches, o.images)
+        measure(o.depth, o.shares, o.methods, o.batches)
+    elif o.what == "latency":
+        latency(o.depth)
     elif o.what == "planner":
         planner(o.sizes)
     else:

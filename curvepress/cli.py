@@ -158,7 +158,7 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "weigh": {"examples": price_examples, **({"branches": branches} if branches else {}), **common},
+        "weigh": {"examples": price_examples, "temperature": temperature, "branches": branches, **common},
         "plan": {**budget, "per": per or _usual(latency), **shape, **chosen},
         "apply": common,
         "repair": {"examples": repair_examples, **common},

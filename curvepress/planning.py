@@ -50,8 +50,9 @@ def weighed(desk: Desk, settings: Settings) -> None:
     batches = recipe.batches("calibration", seed=settings["seed"])
     show = lambda p: desk.progress("calibration batches", p.samples, p.wanted or p.samples)  # noqa: E731
     prices = bit_prices(
-        model, recipe.loss, batches, recipe.inputs(), stop=Stop(examples=settings["examples"]), seed=settings["seed"], progress=show
-    )
+        model, recipe.loss, batches, recipe.inputs(), stop=Stop(examples=settings["examples"]), seed=settings["seed"], progress=show,
+        temperature=settings.get("temperature", 1.0),
+    )  # fmt: skip
     desk.note(prices.detail)
     write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, "skip": skip, "wiring": asdict(found), "prices": prices_to_dict(prices)}))
 
