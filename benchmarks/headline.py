@@ -28,7 +28,7 @@ from curvepress_recipes import cifar10 as recipe
 FILE = Path(__file__).parent / "results" / "headline.jsonl"
 FOLDER = Path("runs/benchmarks/headline")
 COMMAND = (
-    "compress cifar10 --option depth=56 --branches 9 --bytes 9.8% --bits 2-8 --multiple 16 "
+    "compress cifar10 --option depth=56 --branches 9 --whole '*' --bytes 9.9% --bits 2-8 "
     "--epochs 10 --lr 0.02 --precision bfloat16 --qat-epochs 2 --out {folder}"
 )
 

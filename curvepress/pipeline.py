@@ -29,7 +29,7 @@ from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
 from .metering import clock, metered
 from .objective import Batch, batch_loss, batch_size
 from .plan import Plan, dumps, lost, to_json
-from .planner import frontier
+from .planner import at_most, frontier
 from .planning import weighed
 from .recipe import Recipe, check
 from .repairing import repair
@@ -300,6 +300,13 @@ def _ways_out(run: Run, found: Sequence[str]) -> str:
 def _complete(recipe: Recipe, stage: str, settings: Settings) -> dict[str, Any]:
     """The settings with the fingerprint of the recipe's code, where the stage runs it."""
     return {**settings} if stage == "plan" and settings.get("latency") is None else {**settings, RECIPE: recipe.digest}
+
+
+def left_over(desk: Desk, asked: Settings, names: Sequence[str]) -> dict[str, int]:
+    """By how much the plan in the folder stays below those limits of these costs that were asked for."""
+    whole, now = costs(desk)
+    limits = {k: asked[k] for k in names if asked.get(k) is not None}
+    return {k: int(limit - getattr(now, k)) for k, limit in at_most(**limits).absolute(whole).items()} if limits else {}
 
 
 def costs(desk: Desk) -> tuple[Cost, Cost]:

@@ -131,8 +131,8 @@ def chosen(prices: BitPrices, settings: Settings) -> Allocation:
 
 
 def _spread_anew(prices: BitPrices, found: Allocation, spread: Settings) -> Allocation:
-    """The best bits that cost no more than those that were planned before what is left recovered."""
-    limits = {k: getattr(found, k) for k in spread["limits"]}
+    """The best bits that cost no more than those that were planned before what is left recovered, and what the plan left of the budget."""
+    limits = {k: getattr(found, k) + left for k, left in spread["left"].items()}
     allowed = {name: [b for b in spread["weights"] if b in own] for name, own in prices.weights.items()}
     return allocate(prices, weights=allowed, activations=spread["activations"], **limits)
 

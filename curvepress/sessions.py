@@ -17,7 +17,7 @@ from .desk import Desk
 from .files import alone_in
 from .metering import clock
 from .objective import batch_loss
-from .pipeline import keep_stage, run_stage
+from .pipeline import keep_stage, left_over, run_stage
 from .planning import given_bits
 from .quantization import QUANTIZED, source_files
 from .recipe import Recipe, load_recipe
@@ -143,7 +143,7 @@ def quantized_as_planned(
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
              "asymmetric": False, **common}  # fmt: skip
     free, asked = dict.fromkeys(("bits", "average", "bytes", "bops")), settings["plan"]
-    spread = {"limits": ["bytes", *(["bops"] if asked.get("bops") is not None else [])], "weights": asked["bits"],
+    spread = {"left": {"bytes": 0, **left_over(Desk(run, task), asked, ("bytes", "bops"))}, "weights": asked["bits"],
               "activations": asked["activation_bits"]}  # fmt: skip
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
