@@ -46,15 +46,23 @@ class Shape:
         Raises:
             ValueError: if an entry of ``whole`` is neither a kind nor the name of a group, or nothing is left to be cut.
         """
-        for entry in self.whole:
-            if not any(_is(g, entry) for g in structure.groups):
-                kinds = sorted({g.kind for g in structure.groups})
-                raise ValueError(f"whole: {entry!r} is no kind and no name of a group; the kinds are {', '.join(kinds)}")
-        found = tuple(g for g in structure.free if not any(_is(g, entry) for entry in self.whole))
+        found = self.not_whole(structure)
         if self.whole and not found:
             free = ", ".join(sorted({g.kind for g in structure.free}))
             raise ValueError(f"whole: with {', '.join(self.whole)} whole nothing is left to be cut; free are the kinds {free}")
         return found
+
+    def not_whole(self, structure: Structure) -> tuple[Group, ...]:
+        """The free groups that may be cut, if any.
+
+        Raises:
+            ValueError: if an entry of ``whole`` is neither a kind nor the name of a group.
+        """
+        for entry in self.whole:
+            if not any(_is(g, entry) for g in structure.groups):
+                kinds = sorted({g.kind for g in structure.groups})
+                raise ValueError(f"whole: {entry!r} is no kind and no name of a group; the kinds are {', '.join(kinds)}")
+        return tuple(g for g in structure.free if not any(_is(g, entry) for entry in self.whole))
 
     def step(self, group: Group) -> int:
         """Widths of this group are multiples of this many channels."""

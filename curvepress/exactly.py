@@ -63,7 +63,10 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
     """One for each ladder's channels, and one for each tensor that is not always the same."""
     a = problem.arrays
     for n, ladder in enumerate(problem.ladders):
-        yield _Block((("ladder", n),), np.arange(len(ladder.widths))[:, None], ladder.rises, np.zeros((len(ladder.widths), len(COSTS))))
+        around = [("ladder", k) for k in a["around"][a["inner"] == n].tolist()]
+        taken = np.array(list(product(range(len(ladder.widths)), *(_choices(problem, v) for v in around))))
+        rise = np.where(taken[:, 1:].any(axis=1), 0.0, ladder.rises[taken[:, 0]])
+        yield _Block((("ladder", n), *around), taken, rise, np.zeros((len(taken), len(COSTS))))
     ladders_of: dict[int, list[int]] = {}
     for site, ladder_index in zip(a["site"].tolist(), a["ladder"].tolist(), strict=True):
         ladders_of.setdefault(int(a["tensor"][site]), []).append(ladder_index)
@@ -169,5 +172,5 @@ def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float],
     for (kind, n), start in first.items():
         chosen = [c for c in _choices(problem, (kind, n)) if found.x[start + c] > 0.5]
         (state.rungs if kind == "ladder" else state.weights)[n] = chosen[0]
-    constant = problem.rises(problem.full())[:3].sum()
-    return Exact(state, float(problem.rises(state)[:3].sum()), float(found.mip_dual_bound * scale + constant))
+    constant = problem.rises(problem.full())[:-1].sum()
+    return Exact(state, float(problem.rises(state)[:-1].sum()), float(found.mip_dual_bound * scale + constant))

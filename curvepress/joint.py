@@ -1,10 +1,11 @@
-"""One plan for widths and bits together, all priced as predicted rise of the loss, under any budgets at once."""
+"""One plan for widths, bits and residual branches together, all priced as predicted rise of the loss, under any budgets at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from .alignment import Shape
 from .bitplan import FLOAT, READ, Wiring
 from .bitwidths import BitPrices, Prices
 from .costs import Cost, cost
-from .ladders import ladders
+from .ladders import branch_ladders, ladders
 from .plan import Plan
 from .planner import AtMost, Budget, unreachable
 from .scores import LOSS_UNIT, Scores
@@ -36,6 +37,7 @@ class Exchange:
     channels: float = 1.0
     weights: float = 1.0
     activations: float = 1.0
+    branches: float = 1.0
 
     def __post_init__(self) -> None:
         for kind, rate in vars(self).items():
@@ -50,12 +52,13 @@ class Prediction:
     channels: float
     weights: float
     activations: float
+    branches: float
     stderr: float
 
     @property
     def rise(self) -> float:
         """The sum of the parts."""
-        return self.channels + self.weights + self.activations
+        return self.channels + self.weights + self.activations + self.branches
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,16 @@ def joint_problem(
     bits: Bitwidths = Bitwidths(),
     shape: Shape = WIDTHS,
     exchange: Exchange = Exchange(),
+    branches: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> Problem:
-    """All choices of widths and bits, with prices and costs.
+    """All choices of widths, bits and residual branches, with prices and costs.
 
     Args:
         scores: of channels; in units of the loss.
         prices: of bits, of the same model.
         bits: those that may be chosen, where there are prices; what has none stays in float.
         shape: the widths that may be chosen.
+        branches: those that may be left out, each with the rise of the loss without it and its standard error.
 
     Raises:
         ValueError: if scores are in another unit, a price is missing or not finite, or an option is out of range.
@@ -103,7 +108,7 @@ def joint_problem(
         )
     return problem(
         structure,
-        ladders(structure, scores, shape, exchange.channels),
+        [*ladders(structure, scores, shape, exchange.channels), *branch_ladders(structure, branches, exchange.branches)],
         options(_checked(prices.weights, "weight", exchange.weights), _of_weights(prices, bits)),
         options(_with_idle(_checked(prices.sites, "activation", exchange.activations)), _of_activations(prices, bits)),
         wiring,
@@ -165,7 +170,7 @@ class Family:
         """A candidate with its exact cost."""
         plan = self.problem.plan(self.state(candidate))
         *parts, variance = self.rises[candidate].tolist()
-        return Choice(plan, measure(plan), Prediction(parts[0], parts[1], parts[2], variance**0.5))
+        return Choice(plan, measure(plan), Prediction(parts[0], parts[1], parts[2], parts[3], variance**0.5))
 
 
 def family(problem: Problem, costs: Collection[str] = ("bytes",)) -> Family:
@@ -204,7 +209,7 @@ def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cos
         ValueError: if none fits; the message has the smallest costs that can be reached.
     """
     whole = measure(Plan(family.problem.structure))
-    fitting = [n for n in np.argsort(family.rises[:, :3].sum(axis=1), kind="stable").tolist() if _fits(family.costs[n], budget, whole)]
+    fitting = [n for n in np.argsort(family.rises[:, :-1].sum(axis=1), kind="stable").tolist() if _fits(family.costs[n], budget, whole)]
     for n in fitting:
         if budget((found := family.choice(n, measure)).cost, whole):
             return found
@@ -259,7 +264,7 @@ def exchange_rates(probes: Sequence[Probe]) -> Exchange:
 
 def frontier(family: Family, count: int = 12) -> list[Choice]:
     """So many choices that no other candidate beats in both bytes and predicted rise, from the largest, in even ratios of bytes."""
-    size, rise = family.costs[:, COSTS.index("bytes")], family.rises[:, :3].sum(axis=1)
+    size, rise = family.costs[:, COSTS.index("bytes")], family.rises[:, :-1].sum(axis=1)
     order = np.lexsort((rise, size))
     kept = order[rise[order] < np.concatenate([[np.inf], np.minimum.accumulate(rise[order])[:-1]])]
     marks = np.geomspace(size[kept].max(), size[kept].min(), count)

@@ -1,4 +1,4 @@
-"""The widths that groups may have, from whole to narrowest, with the predicted rise of the loss at each."""
+"""The widths that groups may have, from whole to narrowest, with the predicted rise of the loss at each; and branches, there or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .alignment import Shape, head_widths
 from .scores import Scores
-from .structure import Group, Structure
+from .structure import Branch, Group, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,8 @@ class Ladder:
 
     ``rises`` and ``variances`` are those of the channels lost at each rung, the least valuable first; ``prices[rung]`` is the rise for each
     channel of the last step down to it, infinite at the top.  ``orders`` has the channels of each group by falling score.
+
+    A residual branch is a ladder of the widths 1 and 0 without groups.
     """
 
     groups: tuple[tuple[Group, int], ...]
@@ -26,6 +28,7 @@ class Ladder:
     variances: np.ndarray
     prices: np.ndarray
     orders: tuple[np.ndarray, ...]
+    branch: Branch | None = None
 
     def kept(self, rung: int) -> dict[str, tuple[int, ...]]:
         """The channels that stay at a rung, by group."""
@@ -43,12 +46,34 @@ def ladders(structure: Structure, scores: Scores, shape: Shape, exchange: float 
     Raises:
         ValueError: if a group has no scores, or they are not finite.
     """
-    free = {g.name: g for g in shape.cuttable(structure)}
+    free = {g.name: g for g in shape.not_whole(structure)}
+    if not free:
+        return []
     blocks = [b for b in head_widths(structure) if all(g.name in free for g in b)] if shape.aligned else []
     partial = {g.name for b in head_widths(structure) for g in b} if shape.aligned else set()
     alone = [[g] for n, g in free.items() if n not in partial]
     least = shape.widths(structure, dict.fromkeys(free, 0))
     return [_ladder(block, scores, shape, least, exchange) for block in [*alone, *blocks]]
+
+
+def branch_ladders(structure: Structure, prices: Mapping[str, tuple[float, float]], exchange: float = 1.0) -> list[Ladder]:
+    """A ladder for each residual branch that has a price: the rise of the loss without it and its standard error.
+
+    A rise below zero, which is noise, counts as none.
+
+    Raises:
+        ValueError: if there is no such branch, or its price is not finite.
+    """
+    known, found = {b.name: b for b in structure.branches}, []
+    for name, (rise, stderr) in prices.items():
+        if name not in known:
+            raise ValueError(f"a price for branch {name!r}: the branches are {', '.join(known) or 'none'}; have them measured again")
+        if not np.isfinite([rise, stderr]).all():
+            raise ValueError(f"branch {name!r} has the price {rise} ± {stderr}; prices must be finite: have them measured again")
+        rises = np.array([0.0, max(rise, 0.0) * exchange])
+        variances = np.array([0.0, (stderr * exchange) ** 2])
+        found.append(Ladder((), np.array([1, 0]), rises, variances, np.array([np.inf, rises[1]]), (), known[name]))
+    return found
 
 
 def _ladder(block: list[Group], scores: Scores, shape: Shape, least: Mapping[str, int], exchange: float) -> Ladder:

@@ -28,7 +28,8 @@ POINTS = 1500
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """By what the mixed cost falls: for a channel of every ladder, and by how much the rise of rounding does; and the price of all bits."""
+    """By what the mixed cost falls: for a channel of every ladder, and by how much the rise of what goes with it does; and the price of
+    all bits."""
 
     channels: np.ndarray
     relief: np.ndarray
@@ -127,9 +128,10 @@ def _slopes(problem: Problem, state: State, mix: np.ndarray) -> Slopes:
     rounding = np.zeros(len(elements))
     rounding[a["weight"]] = problem.weights.rise[np.arange(len(own)), state.weights] / a["elements"][a["weight"]]
     width = (a["width"][a["offset"] + state.rungs])[a["ladder"]]
-    by_row = np.where(a["additive"][a["site"]], a["rows"] / np.maximum(lengths[a["site"]], 1e-9), 1 / width)
+    by_row = np.where(a["additive"][a["site"]], a["rows"] / np.maximum(lengths[a["site"]], 1e-9), 1 / np.maximum(width, 1e-9))
     at = a["tensor"][a["site"]]
     channels, relief = (np.bincount(a["ladder"], (v * elements)[at] * by_row, len(problem.ladders)) for v in (cost, rounding))
+    relief = relief + np.bincount(a["around"], problem.steps(state)[0][a["inner"]], len(problem.ladders))
     each = mix[3] * elements[a["p_tensor"]] * a["p_positions"]
     return Slopes(channels, relief, *_bit_prices(problem, mix, elements, factors, each), problem.shares(elements))
 

@@ -85,7 +85,7 @@ class Problem:
         a = self.arrays
         width = a["width"][a["offset"] + state.rungs]
         added = a["fixed"] + np.bincount(a["site"], a["rows"] * width[a["ladder"]], len(a["fixed"]))
-        crossed = np.bincount(a["site"], np.log(width / a["size"])[a["ladder"]], len(a["fixed"]))
+        crossed = np.bincount(a["site"], np.log(np.maximum(width, 1e-9) / a["size"])[a["ladder"]], len(a["fixed"]))
         return np.where(a["additive"], added, np.rint(a["length"] * np.exp(crossed)))
 
     def elements(self, lengths: np.ndarray) -> np.ndarray:
@@ -134,38 +134,47 @@ class Problem:
         weights = left[a["weight"]]
         outputs = left[a["scale"]]
         reads = np.ones(len(self.activations.names))
-        reads[a["read_by_activation"]] = (weights / outputs)[a["read_by_weight"]]
+        reads[a["read_by_activation"]] = np.divide(weights, outputs, out=np.zeros_like(weights), where=outputs > 0)[a["read_by_weight"]]
         return weights, reads
 
+    def steps(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted rise of the loss by every ladder, and its variance; a group inside a branch that is gone adds nothing to that."""
+        a, at = self.arrays, self.arrays["offset"] + state.rungs
+        stays = np.bincount(a["inner"], state.rungs[a["around"]], len(self.ladders)) == 0
+        return a["rise"][at] * stays, a["variance"][at] * stays
+
     def rises(self, state: State) -> np.ndarray:
-        """Predicted rise of the loss by channels, weights and activations, and the variance of their sum."""
+        """Predicted rise of the loss by channels, weights, activations and branches, and the variance of their sum."""
         a, (weights, reads) = self.arrays, self.shares(self.elements(self.lengths(state)))
-        at = a["offset"] + state.rungs
-        parts = [a["rise"][at].sum()]
-        variance = a["variance"][at].sum()
+        steps, spread = self.steps(state)
+        parts, variance = [steps[~a["whole"]].sum()], spread.sum()
         for own, column, share in ((self.weights, state.weights, weights), (self.activations, state.activations, reads)):
             rows = np.arange(len(column))
             parts.append((own.rise[rows, column] * share).sum())
             variance += (own.variance[rows, column] * share**2).sum()
-        return np.array([*parts, variance])
+        return np.array([*parts, steps[a["whole"]].sum(), variance])
 
     def plan(self, state: State) -> Plan:
         """The plan of a choice."""
         keep = {n: c for ladder, r in zip(self.ladders, state.rungs.tolist(), strict=True) for n, c in ladder.kept(r).items()}
+        both = zip(self.ladders, state.rungs.tolist(), strict=True)
+        skip = tuple(ladder.branch.name for ladder, rung in both if ladder.branch and rung)
         if not (self.weights.names or self.activations.names):
-            return Plan(self.structure, keep)
+            return Plan(self.structure, keep, skip)
         named = [
             {n: (b if b < FLOAT else None) for n, b in zip(o.names, o.levels[c].tolist(), strict=True)}
             for o, c in ((self.weights, state.weights), (self.activations, state.activations))
         ]
-        return Plan(self.structure, keep, bits=BitPlan(named[0], named[1], self.wiring))
+        return Plan(self.structure, keep, skip, bits=BitPlan(named[0], named[1], self.wiring))
 
 
 def problem(structure: Structure, ladders: Sequence[Ladder], weights: Options, activations: Options, wiring: Wiring) -> Problem:
     """The problem in arrays.
 
-    ``ladder``, ``site`` and ``rows`` are over members; ``tensor``, ``length``, ``fixed`` and ``additive`` over dimensions; ``elements``,
-    ``item``, ``positions`` and ``parameter`` over tensors, the structure's first, then the scales of every weight, then new biases.
+    ``ladder``, ``site`` and ``rows`` are over members; ``tensor``, ``length``, ``fixed`` and ``additive`` over dimensions, where a branch
+    is one more dimension, of length one, of all its tensors; ``elements``, ``item``, ``positions`` and ``parameter`` over tensors, the
+    structure's first, then the scales of every weight, then new biases.  ``inner`` and ``around`` are pairs of ladders: a group or branch
+    and a branch that all of it is in.
     """
     tensors = {**structure.tensors}
     number = {n: i for i, n in enumerate(tensors)}
@@ -182,7 +191,10 @@ def problem(structure: Structure, ladders: Sequence[Ladder], weights: Options, a
     }
     copies = {(w, d): [len(tensors) + i for i, other in enumerate(extra) if other == (w, d)] for w, d in extra}
     arrays |= (
-        _ladder_arrays(ladders) | _member_arrays(structure, ladders, number, copies) | _product_arrays(weights, activations, wiring, number)
+        _ladder_arrays(ladders)
+        | _nesting(ladders)
+        | _member_arrays(structure, ladders, number, copies)
+        | _product_arrays(weights, activations, wiring, number)
     )
     return Problem(structure, tuple(ladders), weights, activations, wiring, arrays)
 
@@ -203,6 +215,14 @@ def _ladder_arrays(ladders: Sequence[Ladder]) -> dict[str, np.ndarray]:
     }
 
 
+def _nesting(ladders: Sequence[Ladder]) -> dict[str, np.ndarray]:
+    branches = [(n, ladder.branch, set(ladder.branch.tensors)) for n, ladder in enumerate(ladders) if ladder.branch]
+    own = [{m.tensor for g, _ in w.groups for m in g.members} | {*(w.branch.tensors if w.branch else ())} for w in ladders]
+    pairs = [(k, n) for k, tensors in enumerate(own) for n, branch, held in branches if ladders[k].branch != branch and tensors <= held]
+    columns = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return {"inner": columns[:, 0], "around": columns[:, 1], "whole": np.array([w.branch is not None for w in ladders], dtype=bool)}
+
+
 def _member_arrays(
     structure: Structure, ladders: Sequence[Ladder], number: Mapping[str, int], copies: Mapping[tuple[str, int], list[int]]
 ) -> dict[str, np.ndarray]:
@@ -221,6 +241,11 @@ def _member_arrays(
         for t in (number[tensor], *copies.get((tensor, dim), [])):
             members += [(ladder, len(sites), rows) for ladder, rows, _ in own]
             sites.append((t, length, length - covered, additive))
+    for n, branch in ((n, w.branch) for n, w in enumerate(ladders) if w.branch):
+        for tensor in branch.tensors:
+            for t in (number[tensor], *(t for (name, _), more in copies.items() if name == tensor for t in more)):
+                members.append((n, len(sites), 1.0))
+                sites.append((t, 1, 0, True))
     columns = list(zip(*members, strict=True)) or [(), (), ()]
     about = list(zip(*sites, strict=True)) or [(), (), (), ()]
     return {

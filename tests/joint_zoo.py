@@ -75,6 +75,29 @@ def chain(widths: tuple[int, ...] = (4, 4, 4), seed: int = 0) -> tuple[nn.Module
     return nn.Sequential(*layers[:-1]).eval(), torch.randn(2, 3)
 
 
+class Block(nn.Module):
+    """A residual block of two linear layers."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def blocks(seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """Two residual blocks on a narrow stream."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 2), Block(2, 3), Block(2, 2), nn.Linear(2, 2)).eval(), torch.randn(2, 3)
+
+
+def branch_prices(structure: Structure, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Of every residual branch, over several orders of magnitude."""
+    rng = np.random.default_rng(seed + 2)
+    return {b.name: (float(10 ** rng.uniform(-3, 0)), 0.01) for b in structure.branches}
+
+
 def drawn_scores(structure: Structure, seed: int = 0) -> Scores:
     """Positive scores over several orders of magnitude."""
     rng = np.random.default_rng(seed)
