@@ -32,7 +32,7 @@ from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
-from .settings import QAT, bit_choice, bit_ranges, limits, timing, tuning
+from .settings import QAT, bit_choice, bit_ranges, branch_count, limits, timing, tuning
 from .stopwatch import RUNTIMES
 from .terminal import (
     bars,
@@ -102,9 +102,7 @@ PlanActivations = Annotated[str | None, typer.Option(help="with --bits: those th
 PriceExamples = Annotated[int, typer.Option(help="with --bits: examples their prices are averaged over", min=2, rich_help_panel=BUDGET)]
 QatEpochs = Annotated[int, typer.Option(help="with --bits: epochs of training quantized", min=0, rich_help_panel=RECOVERY)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
-Branches = Annotated[
-    int, typer.Option(min=0, help="residual branches (blocks, layers) to leave out whole, those that cost least", rich_help_panel=BUDGET)
-]
+Branches = Annotated[str, typer.Option(help=options.BRANCHES, rich_help_panel=BUDGET)]
 Floor = Annotated[float, typer.Option(min=0, max=1, help="least share of a group's channels that stays", rich_help_panel=BUDGET)]
 
 Examples = Annotated[int, _tuned("calibration examples for the repair in closed form; 0: none", min=0)]
@@ -137,7 +135,7 @@ def compress(
     option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
-    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = 0,
+    multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
     price_examples: PriceExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
@@ -154,11 +152,12 @@ def compress(
     common = {"seed": seed, "threads": threads}
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
-    shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned, "branches": branches}
+    count = branch_count(branches, chosen)
+    shape = {"multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned, "branches": count}
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "weigh": {"examples": price_examples, "temperature": temperature, "branches": branches, **common},
+        "weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common},
         "plan": {**budget, "per": per or _usual(latency), **shape, **chosen},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
@@ -217,12 +216,12 @@ def score(
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
     latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1, per: Per = None, multiple: Multiple = 1,
-    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = 0, threads: Threads = 1,
+    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0", threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
     settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
-                "branches": branches}  # fmt: skip
+                "branches": branch_count(branches, {})}  # fmt: skip
     with continued(folder) as (run, task):
         run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))

@@ -15,6 +15,10 @@ from .requantization import ROUNDINGS
 
 RANGES = ("mse", "minmax", "percentile")
 BUDGET = "Budget (one or more)"
+BRANCHES = (
+    "residual branches (blocks, layers) to leave out whole, those that cost least; with --bits also `auto`: as many as the budget makes "
+    "worth while"
+)
 CHOICE, HOW, TRAINING = "Bits (one way; 8 for all where none is given)", "How", "Training (QAT)"
 
 

@@ -11,15 +11,15 @@ from typing import Any
 from .alignment import Shape
 from .artifacts import load_scores, load_structure, read_json
 from .batchnorm import reestimate
-from .bitplan import Multiplication, Wiring
-from .bitwidths import bit_prices, prices_from_dict, prices_to_dict
+from .bitplan import BitPlan, Multiplication, Wiring
+from .bitwidths import bit_prices, layout_of, prices_from_dict, prices_to_dict
 from .costs import cost
 from .curvature import Stop
-from .depth import shorten
+from .depth import Removal, shorten
 from .desk import Desk
 from .files import write_text
-from .joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
-from .plan import Plan, after, dumps
+from .joint import SUM, Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
+from .plan import Plan, after, dropped, dumps
 from .quantized import Bits, calibrate, quantize
 from .report import picture
 from .runs import Run
@@ -33,6 +33,8 @@ WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
 FRONTIER = {"format": "curvepress frontier", "version": 1}
 CALIBRATED = 512
 """Examples that ranges of activations are found on where a point of the frontier is measured."""
+AUTO = "auto"
+"""Says that the planner chooses how many branches, and which."""
 SHORTENED = 3
 """Calibration batches on which branches are left out on trial."""
 
@@ -41,7 +43,8 @@ def weighed(desk: Desk, settings: Settings) -> None:
     """The stage that prices all bits of the original model, or of what is left of it without the branches that cost least."""
     recipe, model = desk.recipe, desk.original()
     structure = load_structure(desk.path("structure.json"))
-    skip = left_out(desk, structure, settings.get("branches", 0))
+    asked = settings.get("branches", 0)
+    skip, branches = ((), measured_branches(desk, structure)) if asked == AUTO else (left_out(desk, structure, asked), {})
     if skip:
         without = Plan(structure, skip=skip)
         model, structure = applied(model, without, *recipe.inputs()).model, after(without)
@@ -54,7 +57,8 @@ def weighed(desk: Desk, settings: Settings) -> None:
         temperature=settings.get("temperature", 1.0),
     )  # fmt: skip
     desk.note(prices.detail)
-    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, "skip": skip, "wiring": asdict(found), "prices": prices_to_dict(prices)}))
+    what = {"skip": skip, "branches": branches, "wiring": asdict(found), "prices": prices_to_dict(prices)}
+    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, **what}))
 
 
 def left_out(desk: Desk, structure: Structure, count: int) -> tuple[str, ...]:
@@ -65,11 +69,29 @@ def left_out(desk: Desk, structure: Structure, count: int) -> tuple[str, ...]:
     """
     if not count:
         return ()
-    recipe, tell = desk.recipe, lambda n: desk.progress("branches measured", n, max(n, len(structure.branches)))
-    batches = list(islice(recipe.batches("calibration", seed=0), SHORTENED))
-    gone = shorten(desk.original(), recipe.loss, batches, structure, count, example=recipe.inputs(), progress=tell)
+    gone = _shortened(desk, structure, count)
     desk.note(f"without {', '.join(r.name for r in gone)}: the loss rises by {gone[-1].rise:.3g} ± {gone[-1].stderr:.2g} before repair")
     return tuple(r.name for r in gone)
+
+
+def measured_branches(desk: Desk, structure: Structure) -> dict[str, tuple[float, float]]:
+    """By how much the loss rises without each branch, and its standard error, for the half of them that cost least: each left out after
+    those that cost less, so that the sum of any of them is that of their going together, or more.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    if not structure.branches:
+        raise ValueError("--branches auto: this model has no residual branches; leave it out")
+    gone = _shortened(desk, structure, (len(structure.branches) + 1) // 2)
+    before = [0.0, *(r.rise for r in gone)]
+    return {r.name: (max(r.rise - b, 0.0), r.stderr) for r, b in zip(gone, before, strict=False)}
+
+
+def _shortened(desk: Desk, structure: Structure, count: int) -> tuple[Removal, ...]:
+    recipe, tell = desk.recipe, lambda n: desk.progress("branches measured", n, max(n, len(structure.branches)))
+    batches = list(islice(recipe.batches("calibration", seed=0), SHORTENED))
+    return shorten(desk.original(), recipe.loss, batches, structure, count, example=recipe.inputs(), progress=tell)
 
 
 def weighed_without(run: Run) -> tuple[str, ...]:
@@ -92,8 +114,24 @@ def joint_family(run: Run, structure: Structure, scores: Scores, settings: Setti
         bits=Bitwidths(settings["bits"], settings["activation_bits"]),
         shape=Shape(settings["multiple"], settings["floor"], settings.get("whole", ()), settings.get("aligned", False)),
         exchange=Exchange(**settings.get("exchange", {})),
+        branches={name: (rise, stderr) for name, (rise, stderr) in data.get("branches", {}).items()},
     )  # fmt: skip
     return family(problem, [k for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None] or ["bytes"])
+
+
+def rewired(desk: Desk, plan: Plan, product: int) -> Plan:
+    """A plan whose branches were chosen with its bits, with the activations that are left without them, on ``product`` bits where products
+    read them."""
+    if plan.bits is None or not plan.skip:
+        return plan
+    recipe, without = desk.recipe, Plan(plan.structure, skip=plan.skip)
+    model = applied(desk.original(), without, *recipe.inputs()).model
+    wired, what = wiring(model, after(without), recipe.inputs()), layout_of(model, recipe.inputs())
+    sites = {s.name: product if s.role == "product" else SUM for s in what.sites}
+    gone = dropped(plan)
+    inner = {g.name for g in plan.structure.groups if gone.issuperset(m.tensor for m in g.members)}
+    keep = {n: c for n, c in plan.keep.items() if n not in inner}
+    return Plan(plan.structure, keep, plan.skip, bits=BitPlan({n: b for n, b in plan.bits.weights.items() if n not in gone}, sites, wired))
 
 
 def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: int) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from .joint import choose
 from .latency import Table
 from .plan import Plan
 from .planner import at_most, search
-from .planning import joint_family, left_out, weighed_without
+from .planning import AUTO, joint_family, left_out, rewired, weighed_without
 from .runs import Run
 from .scores import LOSS_UNIT, Scores
 from .structure import Structure
@@ -38,13 +38,17 @@ def planned(desk: Desk, settings: Settings) -> Plan:
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
     skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
     if settings.get("latency") is None:
-        return _searched(desk.run, structure, scores, settings, skip)
+        return _whole(desk, settings, _searched(desk.run, structure, scores, settings, skip))
     table = table_of(desk, settings)
 
     def within(limit: float) -> Plan:
         return _searched(desk.run, structure, scores, {**settings, "latency": limit}, skip, table)
 
-    return timed_plan(desk, settings, table, within).plan
+    return _whole(desk, settings, timed_plan(desk, settings, table, within).plan)
+
+
+def _whole(desk: Desk, settings: Settings, plan: Plan) -> Plan:
+    return rewired(desk, plan, *settings["activation_bits"]) if settings["branches"] == AUTO else plan
 
 
 def _searched(
@@ -88,10 +92,11 @@ def check_budget(desk: Desk, settings: Settings) -> None:
     structure = load_structure(desk.path("structure.json"))
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
     table = None if settings.get("latency") is None else table_of(desk, settings)
-    if settings["branches"] > len(structure.branches):
-        raise ValueError(
-            f"--branches {settings['branches']}: this model has {len(structure.branches)} residual branches that can be left out"
-        )
-    largest = sorted(structure.branches, key=lambda b: cost(Plan(structure, skip=(b.name,))).params)[: settings["branches"]]
-    skip = weighed_without(desk.run) if settings.get("bits") else tuple(b.name for b in largest)
+    skip = weighed_without(desk.run) if settings.get("bits") else _largest(structure, settings["branches"])
     _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)
+
+
+def _largest(structure: Structure, count: int) -> tuple[str, ...]:
+    if count > len(structure.branches):
+        raise ValueError(f"--branches {count}: this model has {len(structure.branches)} residual branches that can be left out")
+    return tuple(b.name for b in sorted(structure.branches, key=lambda b: cost(Plan(structure, skip=(b.name,))).params)[:count])

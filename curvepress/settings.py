@@ -62,6 +62,23 @@ def bit_ranges(bits: str | None, activations: str | None) -> dict[str, list[int]
     return {} if bits is None else {"bits": _widths("bits", bits), "activation_bits": _widths("activation-bits", activations or "8")}
 
 
+def branch_count(text: str, chosen: Mapping[str, Sequence[int]]) -> int | str:
+    """How many residual branches are left out, or ``auto``, with which the planner chooses, beside the bits in ``chosen``.
+
+    Raises:
+        ValueError: if it is neither, or the planner cannot choose.
+    """
+    if text.isdecimal():
+        return int(text)
+    if text != "auto":
+        raise ValueError(f"--branches must be a whole number or auto; got {text!r}")
+    if not chosen:
+        raise ValueError("--branches auto weighs branches against bits: add --bits, such as --bits 2-8, or say how many branches go")
+    if len(chosen["activation_bits"]) > 1:
+        raise ValueError("--branches auto takes one number of --activation-bits, such as 8; or say how many branches go")
+    return text
+
+
 def _widths(name: str, text: str) -> list[int]:
     found: set[int] = set()
     for part in text.split(","):

@@ -94,6 +94,16 @@ def test_branches_go_first_and_channels_and_bits_are_planned_around_them(tmp_pat
     assert said.code == 0 and said.out.count("done before") == len(FLOWS) + 1 + len(QUANTIZATION), said
 
 
+def test_branches_may_be_chosen_with_channels_and_bits(tmp_path: Path) -> None:
+    asked = ("--branches", "auto", "--bytes", "20%", "--bits", "2-8", "--price-examples", 64, "--samples", 3, "--epochs", 0)
+    run = finished(residual(tmp_path), *asked)
+    plan = from_json((run / "plan.json").read_text())
+    prices = json.loads((run / "bit_prices.json").read_text())["branches"]
+    assert len(prices) == 2 and 1 <= len(plan.skip) <= 2 and set(plan.skip) <= set(prices)
+    assert cost(plan).bytes <= 0.2 * cost(Plan(plan.structure)).bytes
+    check_spread(run, plan, 0.2)
+
+
 def test_the_same_command_has_nothing_left_to_do(run: Path) -> None:
     said = typed("compress", run.parent / "task.py", "--out", run, *ASKED)
     assert said.code == 0, said
@@ -121,6 +131,10 @@ def test_a_point_of_the_frontier_becomes_the_plan(run: Path, tmp_path: Path) -> 
         (("--bytes", "50%", "--bits", "few"), "--bits must be like 4, 2-8 or 2,4,8; got 'few'"),
         (("--bytes", "50%", "--activation-bits", "8"), "--activation-bits 8 needs --bits"),
         (("--bits", "2-8"), "no budget is given"),
+        (("--bytes", "50%", "--branches", "auto"), "--branches auto weighs branches against bits: add --bits"),
+        (("--bytes", "50%", "--branches", "some"), "--branches must be a whole number or auto; got 'some'"),
+        (("--bytes", "50%", "--bits", "8", "--branches", "auto"), "--branches auto: this model has no residual branches"),
+        (("--bytes", "50%", "--bits", "8", "--branches", 1), "this model has 0 residual branches"),
         (("--bytes", "1%", "--bits", "2-8", "--price-examples", 64), "the smallest that widths and bits can make this model is"),
     ],
 )
