@@ -1,6 +1,6 @@
 """Widths and bits in one plan against either alone and one after the other, at the same bytes; and the planner's time and gap.
 
-    python -m benchmarks.joint measure      # repair, then 40 batches in float and 40 quantized: two minutes a plan; resumes
+    python -m benchmarks.joint measure      # repair, then 60 batches in float and 60 quantized: two minutes a plan; resumes
     python -m benchmarks.joint latency      # of the files that this leaves, against the original, in turns; leave the machine alone
     python -m benchmarks.joint planner      # time and gap to the exact plan against the number of groups
     python -m benchmarks.joint table
@@ -89,7 +89,7 @@ def planned(method: str, share: float, depth: int, batches: int) -> Plan:
         return Plan(structure, first.keep, bits=bits)
     given: dict[str, Any] = {
         "joint": {},
-        "joint, exchanged": {"exchange": Exchange(**rates(depth, batches))},
+        "joint, exchanged": {"exchange": Exchange(**rates(depth, batches))} if method == "joint, exchanged" else {},
         "prune": {"bits": Bitwidths((FLOAT,))},
         "bits": {"shape": Shape(whole=("*",))},
     }[method]
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     o = parser.parse_args()
     torch.set_num_threads(1)
