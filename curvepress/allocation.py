@@ -170,7 +170,9 @@ def _priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | No
     if bits not in prices.get(name, {}):
         known = ", ".join(map(str, prices.get(name, {}))) or "none at all, for it stays in float"
         raise ValueError(f"{name} has no price at {bits} bits; it has prices for {known}")
-    return prices[name][bits]
+    if not np.isfinite((found := prices[name][bits]).rise):
+        raise ValueError(f"{name} has the price {found.rise} at {bits} bits; prices must be finite: make them again")
+    return found
 
 
 def _site_bits(what: Layout, bits: Bits) -> dict[str, int | None]:

@@ -32,7 +32,7 @@ from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
-from .settings import QAT, bit_choice, bit_ranges, branch_count, limits, timing, tuning
+from .settings import QAT, bit_choice, bit_ranges, branch_count, exchange, limits, timing, tuning
 from .stopwatch import RUNTIMES
 from .terminal import (
     bars,
@@ -137,7 +137,8 @@ def compress(
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
-    price_examples: PriceExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
+    exchanged: options.Exchanged = None, price_examples: PriceExamples = 512,
+    repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
     again: Again = False,
@@ -146,6 +147,7 @@ def compress(
     the same command goes on."""
     budget = {**limits(params, bytes, macs, bops=bops, latency=latency), **timing(latency, runtime, batch, threads)}
     chosen = bit_ranges(bits, activation_bits)
+    rates = exchange(exchanged or [], chosen)
     task = load_recipe(recipe, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
@@ -158,7 +160,7 @@ def compress(
         "trace": {"threads": threads},
         "score": {**scoring, **common},
         "weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common},
-        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen},
+        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **rates},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},

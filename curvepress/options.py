@@ -40,6 +40,11 @@ def _in(panel: str, what: str, *names: str, **more: Any) -> Any:
 Whole = Annotated[list[str] | None, _in(BUDGET, "kind or name of groups that stay whole, such as embedding; may be repeated")]
 Aligned = Annotated[bool, _in(BUDGET, "hold the query-key and the value width of an attention block equal", "--aligned")]
 
+Exchanged = Annotated[
+    list[str] | None,
+    _in(BUDGET, "with --bits: the share of a kind's predicted rises that outlasts recovery, such as channels=0.1; repeated", "--exchange"),
+]
+
 Source = Annotated[str, typer.Argument(help="a recipe, or the folder of a run, whose compressed model is taken")]
 Into = Annotated[Path | None, typer.Option(help="the folder of the run; for the folder of a run by default `quantized` in it")]
 Uniform = Annotated[int | None, _in(CHOICE, "bits of every weight, 2 to 8", "--bits", min=2, max=8)]

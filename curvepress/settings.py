@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .joint import Exchange
 from .planner import milliseconds
 from .recipe import Recipe
 from .stopwatch import machine
@@ -60,6 +62,26 @@ def bit_ranges(bits: str | None, activations: str | None) -> dict[str, list[int]
     if bits is None and activations is not None:
         raise ValueError(f"--activation-bits {activations} needs --bits, those that weights may have, such as --bits 2-8")
     return {} if bits is None else {"bits": _widths("bits", bits), "activation_bits": _widths("activation-bits", activations or "8")}
+
+
+def exchange(given: Sequence[str], chosen: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+    """What the predicted rises of each kind of decision are multiplied with, from texts such as ``channels=0.1``.
+
+    Raises:
+        ValueError: if a text is something else, or there are no bits to exchange for.
+    """
+    rates: dict[str, float] = {}
+    for text in given:
+        kind, _, rate = text.partition("=")
+        try:
+            rates[kind.strip()] = float(rate)
+            Exchange(**rates)
+        except (TypeError, ValueError):
+            kinds = ", ".join(f.name for f in fields(Exchange))
+            raise ValueError(f"--exchange must be a kind ({kinds}) and a positive number, such as channels=0.1; got {text!r}") from None
+    if rates and not chosen:
+        raise ValueError("--exchange needs --bits: without bits there is nothing to exchange channels for")
+    return {"exchange": rates} if rates else {}
 
 
 def branch_count(text: str, chosen: Mapping[str, Sequence[int]]) -> int | str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -200,3 +201,10 @@ def test_the_solver_keeps_quiet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     assert solver.solved("costs") == "costs"
     print("and then a word of ours")
     assert capfd.readouterr().out == "and then a word of ours\n"
+
+
+def test_prices_that_are_not_numbers_are_refused() -> None:
+    prices = made(0)
+    spoilt = replace(prices, weights={**prices.weights, "b": {**prices.weights["b"], 4: Price(float("nan"), 0.0)}})
+    with pytest.raises(ValueError, match="b has the price nan at 4 bits; prices must be finite: make them again"):
+        allocate(spoilt, average=4.0)

@@ -68,7 +68,7 @@ TABLE = {
     "recipe_files": "",
     "recipe": "objective recipe_files",
     "runs": "plan files artifacts metering",
-    "settings": "planner stopwatch recipe training",
+    "settings": "planner joint stopwatch recipe training",
     "desk": "structure objective plan artifacts recipe runs",
     "timetables": "structure plan planner latency scores alignment blocks stopwatch surgery artifacts desk",
     "findings": "plan costs artifacts report desk runs",

@@ -20,7 +20,8 @@ from curvepress.quantized import bits_from_json
 from curvepress.runs import FLOWS, QUANTIZATION
 from curvepress.wiring import bits_of_plan
 
-ASKED = ("--bytes", "50%", "--bits", "2-8", "--price-examples", 64, "--samples", 3, "--epochs", 1, "--qat-epochs", 1)
+PRICED = ("--price-examples", 64, "--samples", 3)
+ASKED = ("--bytes", "50%", "--bits", "2-8", "--exchange", "channels=0.5", *PRICED, "--epochs", 1, "--qat-epochs", 1)
 
 
 PLAIN = "    network = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))\n"
@@ -132,6 +133,9 @@ def test_a_point_of_the_frontier_becomes_the_plan(run: Path, tmp_path: Path) -> 
         (("--bytes", "50%", "--activation-bits", "8"), "--activation-bits 8 needs --bits"),
         (("--bits", "2-8"), "no budget is given"),
         (("--bytes", "50%", "--branches", "auto"), "--branches auto weighs branches against bits: add --bits"),
+        (("--bytes", "50%", "--bits", "8", "--exchange", "heads=2"), "must be a kind (channels, weights, activations, branches) and a"),
+        (("--bytes", "50%", "--bits", "8", "--exchange", "channels=nan"), "positive number, such as channels=0.1; got 'channels=nan'"),
+        (("--bytes", "50%", "--exchange", "channels=2"), "--exchange needs --bits"),
         (("--bytes", "50%", "--branches", "some"), "--branches must be a whole number or auto; got 'some'"),
         (("--bytes", "50%", "--bits", "8", "--branches", "auto"), "--branches auto: this model has no residual branches"),
         (("--bytes", "50%", "--bits", "8", "--branches", 1), "this model has 0 residual branches"),
