@@ -56,7 +56,7 @@ FILE, MODELS = Path(__file__).parent / "results" / "joint.jsonl", Path("runs/ben
 SHARES = (1 / 4, 1 / 8, 1 / 12, 1 / 16)
 METHODS = ("joint", "joint, exchanged", "prune", "bits", "prune, then bits")
 SIZES = (2, 4, 8, 16, 100, 1000, 10_000)
-EXACT = 16
+EXACT = 100
 """Groups up to which the exact plan is looked for."""
 TEMPERATURE = 4.0
 """Of the output curvature behind all prices."""
