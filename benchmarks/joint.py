@@ -251,6 +251,9 @@ def table() -> None:
     rows = records.read(FILE)
     for line in _accuracy_table([r for r in rows if "method" in r]):
         print(line)
+    for r in (r for r in rows if r.get("what") == "rates"):
+        probes = "; ".join(f"{p['kind']} {p['predicted']:.3g} predicted, {p['measured']:.3g} measured" for p in r["probes"])
+        print(f"\nRates of exchange after {r['batches']} batches: {', '.join(f'{k} {v:.3g}' for k, v in r['rates'].items())} ({probes}).")
     print("\n| groups | bytes | planner, CPU s | gap to exact, median | largest | exact, CPU s |\n|---|---|---|---|---|---|")
     for n in SIZES:
         for share in (0.2, 0.1, 0.06):
