@@ -12,6 +12,7 @@ of prices per element, which is what a wrong sensitivity does.  Needs the data o
 from __future__ import annotations
 
 import argparse
+import json
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -19,10 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import records
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import MODELS, NETWORKS
 from curvepress.allocation import Allocation, allocate, uniform
-from curvepress.bitwidths import BitPrices, Price, bit_prices
+from curvepress.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
 from curvepress.curvature import Stop
+from curvepress.files import write_text
 from curvepress.quantized import calibrate, observe, quantize
 from curvepress.requantization import requantize
 
@@ -76,10 +78,13 @@ def choice(network: str, average: float, bits: str) -> Allocation:
 
 @lru_cache
 def prices(network: str, how: str) -> BitPrices:
-    """Prices from calibration images."""
-    (price, temperature), of = PRICED[how], NETWORKS[network]
-    options = {"price": price, "temperature": temperature, "stop": Stop(examples=EXAMPLES)}
-    return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **options)
+    """Prices from calibration images, made once and kept beside the models."""
+    (price, temperature), of, path = PRICED[how], NETWORKS[network], MODELS / f"{network}-prices-{how.replace(' ', '-')}.json"
+    if not path.exists():
+        options = {"price": price, "temperature": temperature, "stop": Stop(examples=EXAMPLES)}
+        found = bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **options)
+        write_text(path, json.dumps(prices_to_dict(found)))
+    return prices_from_dict(json.loads(path.read_text()))
 
 
 def reversed_prices(given: BitPrices) -> BitPrices:
