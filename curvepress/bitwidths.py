@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from . import curvature
 from .curvature import Activation, Direction, Measure, Stop
-from .objective import Batches, Loss
+from .objective import Batches, Example, Loss
 from .quantized import Bits, Layout, Product, Site, Weight, layout, observe, quantize, switch, weight_scheme
 from .quantized.modules import ActivationQuantizer
 from .quantizer import Histogram, Scheme, fake_quantize, fit_grid, squared_error
@@ -59,7 +59,7 @@ def bit_prices(
     model: nn.Module,
     loss: Loss,
     batches: Batches,
-    example: Tensor | Sequence[Tensor],
+    example: Example,
     *,
     widths: Sequence[int] = WIDTHS,
     price: str = "direction",
@@ -106,7 +106,7 @@ def bit_prices(
     return BitPrices(layout(probe), weights, sites, str(found))
 
 
-def _probe(model: nn.Module, example: Tensor | Sequence[Tensor], in_float: Collection[str]) -> fx.GraphModule:
+def _probe(model: nn.Module, example: Example, in_float: Collection[str]) -> fx.GraphModule:
     """The model with a quantizer at every site, those of reads too, which products of fewer bits than sums have."""
     bits = Bits(product=7, sum=8)
     if in_float:
@@ -114,7 +114,7 @@ def _probe(model: nn.Module, example: Tensor | Sequence[Tensor], in_float: Colle
     return quantize(model, bits, example, learn=False).eval()
 
 
-def layout_of(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Layout:
+def layout_of(model: nn.Module, example: Example) -> Layout:
     """All that can be quantized in a model."""
     return layout(quantize(model, Bits(weight=None, product=None, sum=None), example, learn=False))
 

@@ -63,8 +63,6 @@ def _given(desk: Desk, source: str | None) -> Model:
         other = Desk(open_run(Path(source)), desk.recipe)
         require(other.run, "export")
         return other.compressed("model.safetensors"), other.plan()
-    if isinstance(desk.recipe.inputs()[-1], Mapping):
-        raise ValueError(f"{desk.recipe.name}: models with keyword inputs cannot be quantized yet; give one that takes its inputs in order")
     model = desk.recipe.build(trained=True)
     check(desk.recipe, model)
     try:

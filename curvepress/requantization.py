@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .graphs import placeholder_values
 from .objective import Batch, Batches, batch_size
 from .quantized.graphs import argument, tensor
 from .quantized.modules import WeightQuantizer
@@ -103,9 +104,8 @@ def _gram(module: fx.GraphModule, reader: fx.Node, batches: list[Batch]) -> Tens
 
 def _values_before(module: fx.GraphModule, last: fx.Node, batch: Batch) -> Mapping[fx.Node, Any]:
     """What a graph, run no further than a node, has at hand for it."""
-    inputs = batch[0].values() if isinstance(batch[0], Mapping) else batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
     run = fx.Interpreter(module)
-    run.args_iter = iter(inputs)
+    run.args_iter = iter(placeholder_values(module, batch[0]))
     with torch.no_grad():
         for node in module.graph.nodes:
             if node is last:

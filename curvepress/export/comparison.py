@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..objective import Batches, batch_size
+from ..objective import Batches, batch_size, call, in_a_tuple
 from ..quantized.modules import floating
-from .onnx import evaluating
-
-Inputs = tuple[Tensor, ...]
+from .onnx import Inputs, evaluating
 
 
 def take(batches: Batches, examples: int) -> list[Inputs]:
@@ -25,8 +23,7 @@ def take(batches: Batches, examples: int) -> list[Inputs]:
     taken: list[Inputs] = []
     count = 0
     for batch in batches:
-        inputs = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
-        taken.append(tuple(x.detach().contiguous() for x in inputs))
+        taken.append(_pytree.tree_map(lambda x: x.detach().contiguous(), in_a_tuple(batch[0])))
         count += batch_size(batch)
         if count >= examples:
             break
@@ -44,21 +41,21 @@ def compare(module: nn.Module, data: list[Inputs], run: Callable[[Inputs], Seque
     with evaluating(module), torch.no_grad():
         for inputs in data:
             found = run(inputs)
-            wanted = [x.numpy() for x in _pytree.tree_leaves(module(*inputs)) if isinstance(x, Tensor)]
+            wanted = [x.numpy() for x in _pytree.tree_leaves(call(module, inputs)) if isinstance(x, Tensor)]
             apart.append(np.concatenate([np.abs(w - f).ravel() for w, f in zip(wanted, found, strict=True)]))
             equal.append((wanted[0].argmax(-1) == np.asarray(found[0]).argmax(-1)).ravel())
     difference, same = np.concatenate(apart), np.concatenate(equal)
-    return sum(len(i[0]) for i in data), 100 * float(same.mean()), float(difference.max()), float(difference.mean())
+    return sum(batch_size((i, None)) for i in data), 100 * float(same.mean()), float(difference.max()), float(difference.mean())
 
 
 def rounding_change(module: nn.Module, data: list[Inputs]) -> float:
     """The mean absolute difference that quantization makes to an output."""
     with floating(module), evaluating(module), torch.no_grad():
-        wanted = [[x.numpy() for x in _pytree.tree_leaves(module(*inputs)) if isinstance(x, Tensor)] for inputs in data]
+        wanted = [[x.numpy() for x in _pytree.tree_leaves(call(module, inputs)) if isinstance(x, Tensor)] for inputs in data]
     left = iter(wanted)
     return compare(module, data, lambda _: next(left))[3]
 
 
 def example_of(inputs: Inputs) -> Inputs:
     """Two examples in memory of their own: what a graph is exported with."""
-    return tuple(torch.cat([x, x])[:2].clone() for x in inputs)
+    return tuple(_pytree.tree_map(lambda x: torch.cat([x, x])[:2].clone(), inputs))

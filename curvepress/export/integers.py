@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from onnx import numpy_helper
 from onnxscript import opset21 as op
 from onnxscript.function_libs.torch_lib.ops.common import constant
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree
 
 from ..objective import Batches
 from ..quantized.lowering import DEQUANTIZE, ROUND, lower
-from .comparison import Inputs, compare, example_of, rounding_change, take
+from .comparison import compare, example_of, rounding_change, take
 from .kernels import Kernels, count_kernels, name_products
-from .onnx import any_batch, evaluating, first_line, open_session, quiet, temporary, versions
+from .onnx import Inputs, evaluating, feeds, first_line, input_names, of_any_size, onnx_program, open_session, quiet, temporary, versions
 
 OPSET = 21
 """The first operator set in which DequantizeLinear takes int4 and groups."""
@@ -79,11 +81,8 @@ def _integer_model(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
     example = example_of(inputs)
     try:
         with evaluating(graph), quiet(), torch.no_grad():
-            program = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, example), strict=False)
-            table = {ROUND: _round, DEQUANTIZE: _dequantize}
-            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)  # type: ignore[arg-type]
-        assert exported is not None
-        model = exported.model_proto
+            program, _ = of_any_size(graph, example, partial(onnx_program, opset=OPSET, custom_translation_table=TABLE))
+        model = program.model_proto
     except Exception as error:  # the exporter raises whatever it meets
         raise ValueError(f"the quantized graph cannot be exported to ONNX: {first_line(error)}") from error
     _strip(model)
@@ -115,6 +114,10 @@ def _dequantize(levels: Any, scale: Any, axis: int, group: int) -> Any:
     if axis == 1:
         scale = op.Transpose(scale, perm=[1, 0])
     return op.DequantizeLinear(levels, scale, axis=1 - axis, block_size=group)
+
+
+TABLE = {ROUND: _round, DEQUANTIZE: _dequantize}
+"""What the operators of :mod:`.quantized.lowering` are in ONNX."""
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -201,6 +204,6 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 
 def _agreement(module: nn.Module, path: Path, data: list[Inputs], threads: int) -> IntegerAgreement:
     session = open_session(path, threads)
-    names = [i.name for i in session.get_inputs()]
-    found = compare(module, data, lambda inputs: session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True))))
+    names = input_names(session)
+    found = compare(module, data, lambda inputs: session.run(None, feeds(path.name, names, _pytree.tree_map(Tensor.numpy, inputs))))
     return IntegerAgreement(*found, count_kernels(path, module), path.stat().st_size, OPSET, versions())

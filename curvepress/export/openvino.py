@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..objective import Batches
 from .comparison import compare, take
-from .onnx import first_line
+from .onnx import feeds, first_line
 
 KINDS = {"Convolution": "convolutions", "Deconvolution": "convolutions", "FullyConnected": "linear layers", "MatMul": "matrix products"}
 INTEGERS = ("u8", "i8")
@@ -38,7 +40,9 @@ def check_in_openvino(path: str | Path, module: nn.Module, batches: Batches, *, 
         ValueError: if OpenVINO is not installed, or cannot read the file.
     """
     compiled, version = compiled_in_openvino(path, threads)
-    found = compare(module, take(batches, examples), lambda inputs: list(compiled([x.numpy() for x in inputs]).values()))
+    names = [i.get_any_name() for i in compiled.inputs]
+    given = partial(feeds, Path(path).name, names)
+    found = compare(module, take(batches, examples), lambda inputs: list(compiled(given(tree_map(Tensor.numpy, inputs))).values()))
     integer, total = _kernels(compiled)
     return OpenVinoAgreement(*found, integer, total, version)
 

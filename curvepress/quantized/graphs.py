@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from copy import deepcopy
 from math import prod
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graphs import export_graph
+from ..graphs import export_graph, placeholder_values
+from ..objective import Example, call, in_a_tuple
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ FOLDABLE = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.
 TOLERANCE = 1e-4
 
 
-def float_graph(model: nn.Module, example: Tensor | Sequence[Tensor]) -> tuple[fx.GraphModule, Values]:
+def float_graph(model: nn.Module, example: Example) -> tuple[fx.GraphModule, Values]:
     """The model's graph in eval mode with copies of its tensors under their own names, and what its nodes compute for the example.
 
     The batch size stays open.  A BatchNorm that follows a convolution or linear layer is folded into it: its running statistics are
@@ -31,7 +31,7 @@ def float_graph(model: nn.Module, example: Tensor | Sequence[Tensor]) -> tuple[f
     Raises:
         ValueError: if ``torch.export`` cannot follow the model, or the graph computes something else on the example.
     """
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    inputs = in_a_tuple(example)
     graph = export_graph(deepcopy(model).eval(), inputs)
     _make_functional(graph)
     _fold_batchnorm(graph)
@@ -80,7 +80,7 @@ def observe(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Values:
             return result
 
     with torch.no_grad():
-        Recorder(graph).run(*inputs)
+        Recorder(graph).run(*placeholder_values(graph, inputs), enable_io_processing=False)
     return values
 
 
@@ -220,8 +220,8 @@ def _compare(graph: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -
     """Refuse a graph that computes something else than the model does."""
     modes = [(m, m.training) for m in model.modules()]
     with torch.no_grad():
-        wanted = [t for t in torch.utils._pytree.tree_leaves(model.eval()(*inputs)) if isinstance(t, Tensor)]
-        found = [t for t in torch.utils._pytree.tree_leaves(graph.eval()(*inputs)) if isinstance(t, Tensor)]
+        wanted = [t for t in torch.utils._pytree.tree_leaves(call(model.eval(), inputs)) if isinstance(t, Tensor)]
+        found = [t for t in torch.utils._pytree.tree_leaves(call(graph.eval(), inputs)) if isinstance(t, Tensor)]
     for part, mode in modes:
         part.training = mode
     for w, f in zip(wanted, found, strict=True):
