@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from ..objective import Batches
 from ..quantized.lowering import DEQUANTIZE, ROUND, lower
-from .comparison import compare, example_of, rounding_change, take
+from .comparison import compare, example_of, refuse_disagreement, take
 from .kernels import Kernels, count_kernels, name_products
 from .onnx import Inputs, evaluating, feeds, first_line, input_names, of_any_size, onnx_program, open_session, quiet, temporary, versions
 
@@ -47,7 +47,7 @@ class IntegerAgreement:
 
 
 def to_integer_onnx(
-    module: nn.Module, batches: Batches, path: str | Path, *, examples: int = 256, least_same: float = 99.0, threads: int = 1
+    module: nn.Module, batches: Batches, path: str | Path, *, examples: int = 256, least_same: float = 99.5, threads: int = 1
 ) -> IntegerAgreement:
     """Write a quantized module to ``path`` as ONNX with QuantizeLinear and DequantizeLinear, for any batch size.
 
@@ -55,23 +55,19 @@ def to_integer_onnx(
     is run in ONNX Runtime on the batches until ``examples`` were seen; it gets its name only if it agrees.
 
     Deep networks agree less: where a value lies between two levels, the last bit of a sum decides, and every later rounding makes such
-    a difference larger, up to a part of what rounding itself changes.  A file that differs by no more than that passes.
+    a difference larger, up to a part of what quantization itself changes.
 
     Raises:
-        ValueError: if a site was not calibrated, the graph cannot be exported, or fewer than ``least_same`` percent of the
-            predictions are the same and outputs differ by more than what rounding changes; no file is left then.
+        ValueError: if a site was not calibrated, the graph cannot be exported, outputs differ by more than quantization changes
+            them on average, or by more than half of that and fewer than ``least_same`` percent of the predictions are the
+            same; no file is left then.
     """
     path = Path(path)
     data = take(batches, examples)
     with temporary(path) as written:
         onnx.save(_integer_model(module, data[0]), written)
         found = _agreement(module, written, data, threads)
-        if not (found.same >= least_same or found.mean <= rounding_change(module, data)):
-            raise ValueError(
-                f"ONNX Runtime gives the same prediction as the simulation for {found.same:.2f}% of {found.examples} examples, less than "
-                f"{least_same:g}%, and its outputs differ by {found.mean:.2g} on average; give more examples if these are few, or report "
-                "the model; no file was left"
-            )
+        refuse_disagreement("ONNX Runtime", module, data, found.same, found.mean, least_same)
         os.replace(written, path)
     return found
 

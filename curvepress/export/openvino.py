@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..objective import Batches
-from .comparison import compare, take
+from .comparison import compare, refuse_disagreement, take
 from .onnx import feeds, first_line
 
 KINDS = {"Convolution": "convolutions", "Deconvolution": "convolutions", "FullyConnected": "linear layers", "MatMul": "matrix products"}
@@ -33,16 +33,20 @@ class OpenVinoAgreement:
     version: str
 
 
-def check_in_openvino(path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, threads: int = 1) -> OpenVinoAgreement:
+def check_in_openvino(
+    path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, least_same: float = 99.5, threads: int = 1
+) -> OpenVinoAgreement:
     """How closely an ONNX file of integers computes in OpenVINO what the quantized module does.
 
     Raises:
-        ValueError: if OpenVINO is not installed, or cannot read the file.
+        ValueError: if OpenVINO is not installed, cannot read the file, or computes something else, as in :func:`to_integer_onnx`.
     """
     compiled, version = compiled_in_openvino(path, threads)
     names = [i.get_any_name() for i in compiled.inputs]
     given = partial(feeds, Path(path).name, names)
-    found = compare(module, take(batches, examples), lambda inputs: list(compiled(given(tree_map(Tensor.numpy, inputs))).values()))
+    data = take(batches, examples)
+    found = compare(module, data, lambda inputs: list(compiled(given(tree_map(Tensor.numpy, inputs))).values()))
+    refuse_disagreement("OpenVINO", module, data, found[1], found[3], least_same)
     integer, total = _kernels(compiled)
     return OpenVinoAgreement(*found, integer, total, version)
 
