@@ -7,10 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_map
 
+from curvepress.export.integers import OPSET
 from curvepress.export.kernels import FLOAT, INTEGER, optimised
 from curvepress.export.latency import Quartiles, Timing
 from curvepress.export.openvino import compiled_in_openvino
@@ -52,7 +57,26 @@ def by_nncf(model: nn.Module, path: Path, images: Sequence[Tensor], out: Path) -
     onnx.save(nncf.quantize(onnx.load(path), data, subset_size=len(images)), out)
 
 
-PEERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
+def by_torchao(model: nn.Module, path: Path, images: Sequence[Tensor], out: Path) -> None:
+    """torchao's PT2E with its quantizer for x86 and its defaults, converted, and exported to ONNX as it is."""
+    try:
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    except ImportError as error:
+        raise Missing(str(error)) from None
+    example, sizes = (images[0][:2],), ({0: Dim("batch")},)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, example, dynamic_shapes=sizes).module(), quantizer)
+    with torch.no_grad():
+        for x in images:
+            prepared(x)
+    program = torch.export.export(convert_pt2e(prepared), example, dynamic_shapes=sizes)
+    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    exported.save(str(out), external_data=False)
+
+
+PEERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf, "torchao": by_torchao}
 
 
 def kernels(path: Path) -> str:
@@ -63,7 +87,7 @@ def kernels(path: Path) -> str:
     return ", ".join(f"{integer[kind]} of {count} {kind} integer" for kind, count in total.items())
 
 
-def compare_in_openvino(paths: Mapping[str, Path], x: np.ndarray, batches: Sequence[int]) -> list[Timing]:
+def compare_in_openvino(paths: Mapping[str, Path], x: Any, batches: Sequence[int]) -> list[Timing]:
     """Timings in turns on one thread, as ``compare_latency`` takes them in ONNX Runtime; none where OpenVINO is missing."""
     try:
         compiled = {name: compiled_in_openvino(path)[0] for name, path in paths.items()}
@@ -72,7 +96,7 @@ def compare_in_openvino(paths: Mapping[str, Path], x: np.ndarray, batches: Seque
         return []
     found = []
     for size in batches:
-        inputs = x[np.arange(size) % len(x)]
+        inputs = tree_map(lambda a, size=size: a[np.arange(size) % len(a)], x)
         readings = np.array([[_reading(c, inputs) for c in compiled.values()] for _ in range(ROUNDS)])
         for n, name in enumerate(paths):
             wall, ratio = _quartiles(readings[:, n, 0] * 1000), _quartiles(readings[:, n, 0] / readings[:, 0, 0])
@@ -80,12 +104,13 @@ def compare_in_openvino(paths: Mapping[str, Path], x: np.ndarray, batches: Seque
     return found
 
 
-def _reading(compiled: object, inputs: np.ndarray) -> tuple[float, float]:
-    request = compiled.create_infer_request()  # type: ignore[attr-defined]
-    request.infer([inputs])
+def _reading(compiled: Any, inputs: Any) -> tuple[float, float]:
+    request = compiled.create_infer_request()
+    given = inputs if isinstance(inputs, dict) else [inputs]
+    request.infer(given)
     start, cpu, runs = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < LASTING or not runs:
-        request.infer([inputs])
+        request.infer(given)
         runs += 1
     return (time.perf_counter() - start) / runs, (time.process_time() - cpu) / runs
 
