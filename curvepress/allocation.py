@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.sparse import lil_matrix
 
 from .bitwidths import BitPrices, Price
 from .packing import packed_size
-from .quantized import Bits, Layout, Product
+from .quantized import Bits, Layout, Product, Weight
 from .solver import solved
 
 FLOAT = 32
@@ -81,12 +81,28 @@ def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
     return {name: TARGETS[target][all(readers)] for name, readers in linear.items()}
 
 
+def refuse_unrunnable(layout: Layout, target: str, bits: Bits) -> None:
+    """See whether a target makes use of the bits of every weight.
+
+    Raises:
+        ValueError: naming the first weight of which it does not.
+    """
+    for name, allowed in runnable(layout, target).items():
+        own = bits.of_weight(name)
+        if own is not None and own not in allowed:
+            known = " and ".join(map(str, allowed))
+            raise ValueError(
+                f"{name} has {own} bits, for which {target} has no kernel, only for {known}; give such bits, or target storage"
+            )
+
+
 def allocate(
     prices: BitPrices,
     *,
     bytes: float | None = None,
     average: float | None = None,
     bops: float | None = None,
+    rise: float | None = None,
     weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     activations: Sequence[int] = (8,),
 ) -> Allocation:
@@ -94,14 +110,15 @@ def allocate(
 
     Args:
         bytes, average, bops: at most so much, as in :class:`Allocation`.
+        rise: predicted rise of the loss at most; among the choices that keep to it, one of fewest bytes is taken.
         weights: the bits that weights may have, for all or by name; by default all that have prices.
         activations: the bits of activations that products read; those that only sums read have 8.
 
     Raises:
         ValueError: if there is no budget, bits have no price, or nothing fits; the message says what the least is.
     """
-    if bytes is None and average is None and bops is None:
-        raise ValueError("give a budget: bytes, average bits of a weight, or bops")
+    if bytes is None and average is None and bops is None and rise is None:
+        raise ValueError("give a budget: bytes, average bits of a weight, bops, or the rise of the loss")
     program = _program(prices, weights, activations)
     if bytes is not None:
         _limit_bytes(program, prices, bytes)
@@ -109,27 +126,42 @@ def allocate(
         _limit_average(program, prices, average)
     if bops is not None:
         _limit_bops(program, prices, bops)
+    if rise is not None:
+        _limit_bytes(program, prices, _fewest_bytes(program, prices, rise))
     return allocation(prices, _solved(program, prices))
 
 
 def frontier(
-    prices: BitPrices, *, weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None, activation: int = 8
+    prices: BitPrices, *, weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None, activation: int = 8, cost: str = "bytes"
 ) -> list[Allocation]:
-    """Every choice of weight bits that no other beats in both bytes and predicted rise, from the smallest; activations are held.
+    """Every choice of weight bits that no other beats in both cost (``bytes`` or ``bops``) and predicted rise, from the smallest.
 
-    Exact as long as no more than :data:`POINTS` choices are on the way: bytes and rises add up over weights, so the frontier of
-    a set of weights is made of those of its parts (HAWQ-V2, section 3.2, draws it from samples under a monotonicity rule).
+    Activations are held.  Exact as long as no more than :data:`POINTS` choices are on the way: costs and rises add up over weights, so the
+    frontier of a set of weights is made of those of its parts (HAWQ-V2, section 3.2, draws it from samples under a monotonicity rule).
+
+    Raises:
+        ValueError: if the cost is another.
     """
-    cost, rise = np.zeros(1, dtype=np.int64), np.zeros(1)
+    if cost not in ("bytes", "bops"):
+        raise ValueError(f"a frontier is of bytes or bops against the predicted rise, got {cost!r}")
+    total, rise = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps: list[tuple[str, np.ndarray, np.ndarray]] = []
     for weight in (w for w in prices.layout.weights if w.name in prices.weights):
         bits = np.array(sorted(_allowed(weights, weight.name, prices.weights)))
-        costs = cost[:, None] + np.array([packed_size(weight.size, int(b)) for b in bits])
+        costs = total[:, None] + np.array([_cost_of(prices, weight, int(b), activation, cost) for b in bits])
         rises = rise[:, None] + np.array([_priced(prices.weights, weight.name, int(b)).rise for b in bits])
         kept = _undominated(costs.ravel(), rises.ravel())
-        cost, rise = costs.ravel()[kept], rises.ravel()[kept]
+        total, rise = costs.ravel()[kept], rises.ravel()[kept]
         steps.append((weight.name, bits[kept % len(bits)], kept // len(bits)))
-    return [allocation(prices, _bits(prices, _walked(steps, i), activation)) for i in range(len(cost))]
+    return [allocation(prices, _bits(prices, _walked(steps, i), activation)) for i in range(len(total))]
+
+
+def _cost_of(prices: BitPrices, weight: Weight, bits: int, activation: int, cost: str) -> int:
+    """What a weight adds to the cost of a choice at so many bits."""
+    if cost == "bytes":
+        return packed_size(weight.size, bits)
+    alike = _bits(prices, dict.fromkeys(prices.weights, bits), activation)
+    return sum(_bops(p, prices.layout, alike) for p in prices.layout.products if p.weight == weight.name)
 
 
 def _undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
@@ -243,6 +275,18 @@ def _limit_bytes(program: _Program, prices: BitPrices, limit: float) -> None:
     program.rows.append((terms, -np.inf, limit - fixed))
 
 
+def _fewest_bytes(program: _Program, prices: BitPrices, rise: float) -> int:
+    """Bytes of the smallest choice that is predicted to raise the loss by no more than that."""
+    if not rise > 0:
+        raise ValueError(f"the predicted rise of the loss can be kept below a number above 0, got {rise:g}")
+    sizes = {w.name: w.size for w in prices.layout.weights}
+    bytes_of = [float(packed_size(sizes[n], b)) if k == "weight" else 0.0 for k, n, b in program.options]
+    bytes_of += [0.0] * (len(program.rises) - len(bytes_of))
+    limit = ({i: r / rise for i, r in enumerate(program.rises) if r}, -np.inf, 1.0)
+    smallest = replace(program, rises=bytes_of, rows=[*program.rows, limit])
+    return allocation(prices, _solved(smallest, prices)).bytes
+
+
 def _limit_average(program: _Program, prices: BitPrices, limit: float) -> None:
     sizes = {w.name: w.size for w in prices.layout.weights}
     fixed = sum(n * FLOAT for name, n in sizes.items() if name not in prices.weights)
@@ -313,5 +357,9 @@ def _chosen(program: _Program, prices: BitPrices, taken: Sequence[int]) -> Bits:
 
 def _least(program: _Program, prices: BitPrices) -> str:
     fewest = _chosen(program, prices, [min(own, key=lambda i: program.options[i][2]) for own in program.of.values()])
-    found = allocation(prices, fewest)
-    return f"the fewest bits allowed take {found.bytes:,} bytes, {found.average:.2f} bits a weight and {found.bops:,} bops; allow more"
+    most = _chosen(program, prices, [max(own, key=lambda i: program.options[i][2]) for own in program.of.values()])
+    found, least = allocation(prices, fewest), allocation(prices, most).rise
+    return (
+        f"the fewest bits allowed take {found.bytes:,} bytes, {found.average:.2f} bits a weight and {found.bops:,} bops, "
+        f"and the most of them raise the loss by {least:.2g}; allow more"
+    )

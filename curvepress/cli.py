@@ -309,7 +309,8 @@ def frontier(
 @explained()
 def quantize(
     source: options.Source, out: options.Into = None, bits: options.Uniform = None, average: options.Average = None,
-    bytes: options.PackedBytes = None, bops: options.Bops = None, bits_file: options.BitsFile = None, *,
+    bytes: options.PackedBytes = None, bops: options.Bops = None, rise: options.Rise = None,
+    bits_file: options.BitsFile = None, *,
     activations: options.Activations = None, target: options.Target = "storage", in_float: options.InFloat = None,
     price: options.PriceOf = "direction", price_examples: options.PriceExamples = 512,
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
@@ -320,7 +321,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
     check_exports(exports or [])
-    choice = bit_choice(bits, average, bytes, bops, bits_file, activations=activations or [8], target=target)
+    choice = bit_choice(bits, average, bytes, bops, bits_file, rise=rise, activations=activations or [8], target=target)
     task, files, folder = source_of(source, out, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "distill": distill}
     common = {"seed": seed, "threads": threads}

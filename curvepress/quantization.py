@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import curvature
-from .allocation import Allocation, allocate, allocation, runnable, uniform
+from .allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
 from .artifacts import fill, load, read_json, restore, save
 from .bitwidths import BitPrices, Price, bit_prices, layout_of, left_in_float, prices_from_dict, prices_to_dict
 from .curvature import Stop
@@ -45,7 +45,7 @@ COMPARED = 256
 """Validation examples on which the file and the simulation are compared."""
 EXPORTS = ("onnx", "openvino", "pt2")
 """``onnx`` is written in any case, ``openvino`` reads the same file, ``pt2`` is a program of ``torch.export``."""
-BUDGETS = ("bytes", "average", "bops")
+BUDGETS = ("bytes", "average", "bops", "rise")
 Model = tuple[nn.Module, Plan | None]
 
 
@@ -118,10 +118,11 @@ def chosen(prices: BitPrices, settings: Settings) -> Allocation:
     Raises:
         ValueError: if bits have no price, or nothing fits.
     """
-    if settings["given"] is not None:
-        return allocation(prices, bits_from_json(settings["given"]))
-    if settings["bits"] is not None:
-        return uniform(prices, settings["bits"], max(settings["activations"]))
+    if settings["given"] is not None or settings["bits"] is not None:
+        given = settings["given"]
+        found = allocation(prices, bits_from_json(given)) if given else uniform(prices, settings["bits"], max(settings["activations"]))
+        refuse_unrunnable(prices.layout, settings["target"], found.bits)
+        return found
     limits = {k: _absolute(prices.layout, k, settings[k]) for k in BUDGETS if settings[k] is not None}
     allowed = runnable(prices.layout, settings["target"])
     return allocate(prices, weights=allowed, activations=settings["activations"], **limits)
@@ -129,7 +130,7 @@ def chosen(prices: BitPrices, settings: Settings) -> Allocation:
 
 def _absolute(what: Layout, name: str, limit: float) -> float:
     """A share of what the model has in float as a number."""
-    if name == "average" or isinstance(limit, int):
+    if name in ("average", "rise") or isinstance(limit, int):
         return limit
     whole = 4 * sum(w.size for w in what.weights) if name == "bytes" else 32 * 32 * sum(p.macs for p in what.products)
     return int(limit * whole)

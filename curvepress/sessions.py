@@ -141,7 +141,7 @@ def quantized_as_planned(
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
              "asymmetric": False, **common}  # fmt: skip
-    free = dict.fromkeys(("bits", "average", "bytes", "bops"))
+    free = dict.fromkeys(("bits", "average", "bytes", "bops", "rise"))
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
         "price": price,

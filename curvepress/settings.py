@@ -81,6 +81,7 @@ def bit_choice(
     bops: str | None,
     file: Path | None,
     *,
+    rise: float | None,
     activations: Sequence[int],
     target: str,
 ) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def bit_choice(
     Raises:
         ValueError: if two ways are asked for, or one is out of range.
     """
-    budgets = {"average": average, "bytes": bytes, "bops": bops}
+    budgets = {"average": average, "bytes": bytes, "bops": bops, "rise": rise}
     asked = [f"--{k}" for k, v in {"bits": bits, "bits-file": file}.items() if v is not None]
     asked += [" ".join(f"--{k}" for k, v in budgets.items() if v is not None)] if any(v is not None for v in budgets.values()) else []
     if len(asked) > 1:
@@ -101,11 +102,14 @@ def bit_choice(
         raise ValueError(f"--activations {' '.join(map(str, widths))} leaves a choice, which only --bops limits; give that, or one number")
     if average is not None and not 2 <= average <= 32:
         raise ValueError(f"--average must be from 2 to 8 bits (more only where layers stay in float); got {average:g}")
+    if rise is not None and not 0 < rise < float("inf"):
+        raise ValueError(f"--rise is a rise of the loss above 0, such as 0.01; got {rise:g}")
     return {
         "bits": bits if asked else 8,
         "average": average,
         "bytes": None if bytes is None else _limit("bytes", bytes),
         "bops": None if bops is None else _limit("bops", bops),
+        "rise": rise,
         "given": None if file is None else _text_of(file),
         "activations": widths,
         "target": target,

@@ -148,6 +148,8 @@ def test_other_settings_are_refused_by_name_and_again_does_what_they_touch(recip
         ),
         (("--activations", "4", "--activations", "8"), "leaves a choice, which only --bops limits"),
         (("--export", "tflite"), "there is no format tflite to export to; choose of onnx, openvino, pt2"),
+        (("--bits", "3", "--target", "onnxruntime"), "0.weight has 3 bits, for which onnxruntime has no kernel, only for 4 and 8"),
+        (("--rise", "-0.1"), "--rise is a rise of the loss above 0"),
         (("--activations", "9"), "--activations must be from 2 to 8 bits; got 9"),
         (("--bits-file", "nowhere.json"), "--bits-file nowhere.json cannot be read"),
         (("--epochs", "1", "--lr", "-1"), "the fine-tune cannot be done so"),
