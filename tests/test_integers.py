@@ -142,6 +142,22 @@ def test_outputs_that_differ_by_more_than_quantization_are_refused_also_where_pr
     refuse_disagreement("it", nothing, [(torch.randn(4, 3),)], 100, 1e-7, 99.5)
 
 
+def test_an_operator_without_a_form_in_onnx_is_named_with_a_way_out(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.layer(x))
+
+    data = [(torch.randn(8, 4), None)]
+    module = calibrate(quantize(Odd(), Bits(), data[0][0]), data)
+    with pytest.raises(ValueError, match=r"bessel_j0.*; write that part of the model in other operators, or use it in PyTorch"):
+        to_integer_onnx(module, data, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == [] and to_program(module, data, tmp_path / "a.pt2").error == 0
+
+
 def test_damaged_files_and_missing_runtimes_say_so(tmp_path, monkeypatch):
     module, data = quantized("mlp")
     (tmp_path / "a.onnx").write_bytes(b"no model")

@@ -361,6 +361,23 @@ def test_attention_is_spelt_out_with_masks_and_grouped_heads():
     assert sum(p.operator == "matmul" for p in layout(module).products) == 6
 
 
+@pytest.mark.parametrize(
+    ("weight", "x", "message"),
+    [
+        (float("inf"), 1.0, r"0\.weight holds NaN or infinities \(1 of 12 values\); train the model again"),
+        (1.0, float("nan"), r"input 0 of the example holds NaN or infinities \(1 of 6 values\); clean the data"),
+        (3e38, 3e38, "what the model computes for the example holds NaN or infinities"),
+    ],
+)
+def test_what_is_not_finite_is_named(weight: float, x: float, message: str):
+    model, example = nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3)
+    with torch.no_grad():
+        model[0].weight[0, 0] = weight
+        example[0, 0] = x
+    with pytest.raises(ValueError, match=message):
+        quantize(model, Bits(), example)
+
+
 def test_a_random_model_is_refused():
     class Random(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,10 @@ def _integer_model(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
             program, _ = of_any_size(graph, example, partial(onnx_program, opset=OPSET, custom_translation_table=TABLE))
         model = program.model_proto
     except Exception as error:  # the exporter raises whatever it meets
-        raise ValueError(f"the quantized graph cannot be exported to ONNX: {first_line(error)}") from error
+        raise ValueError(
+            f"the quantized graph cannot be exported to ONNX: {first_line(error)}; write that part of the model in other operators, "
+            "or use it in PyTorch, from the packed file"
+        ) from error
     _strip(model)
     _store_int4(model.graph)
     _write_zero_points(model.graph)
