@@ -32,7 +32,7 @@ from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
-from .settings import QAT, bit_choice, bit_ranges, limits, timing, tuning
+from .settings import bit_choice, bit_ranges, gently, limits, quantized_tuning, timing, tuning
 from .stopwatch import RUNTIMES
 from .terminal import (
     bars,
@@ -180,7 +180,7 @@ def compress(
             run = kept(run, task, stage, settings[stage], again=again)
         show_report(read_report(run), out / "report.html")
         if chosen:
-            quantized_as_planned(run, task, {**settings["fit"], **QAT, "epochs": qat_epochs}, settings, again=again)
+            quantized_as_planned(run, task, {**settings["fit"], **gently(settings["fit"]), "epochs": qat_epochs}, settings, again=again)
 
 
 @app.command()
@@ -323,14 +323,13 @@ def quantize(
     check_exports(exports or [])
     choice = bit_choice(bits, average, bytes, bops, bits_file, rise=rise, activations=activations or [8], target=target)
     task, files, folder = source_of(source, out, pairs_of(option, data))
-    recovery = {"epochs": epochs, "lr": lr, "distill": distill}
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
         "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
                   "asymmetric": asymmetric, **common},
         "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
-        "quantize": {**tuning(task, {**QAT, **{k: v for k, v in recovery.items() if v is not None}}), "rounding": rounding,
+        "quantize": {**quantized_tuning(task, {"epochs": epochs, "lr": lr, "distill": distill}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
         "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},
     }  # fmt: skip

@@ -26,7 +26,8 @@ FIT: Mapping[str, Any] = {
 }
 """The settings of the fine-tune where neither the user nor the recipe has others."""
 QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9}
-"""Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
+"""Those of training a quantized model, which is nearly there when it starts, where the user has no others; the rate is not above that
+of the fine-tune, which suits its optimizer."""
 
 
 def limits(
@@ -172,6 +173,16 @@ def tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the fine-tune cannot be done so: {error}; change the option, or RECOVERY in {recipe.name}") from error
     return {**chosen, "milestones": list(chosen["milestones"])}
+
+
+def quantized_tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of training a quantized model, as :func:`tuning` has those of the fine-tune; it raises as that does."""
+    return tuning(recipe, {**gently(tuning(recipe, {})), **{k: v for k, v in given.items() if v is not None}})
+
+
+def gently(usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that training a quantized model has of its own, beside a fine-tune with these."""
+    return {**QAT, "lr": min(QAT["lr"], usual["lr"])}
 
 
 def descent(settings: Mapping[str, Any]) -> dict[str, Any]:
