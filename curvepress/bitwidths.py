@@ -23,7 +23,6 @@ from .quantized import Bits, Layout, Product, Site, Weight, layout, observe, qua
 from .quantized.modules import ActivationQuantizer
 from .quantizer import Grid, Histogram, Scheme, fit_grid, squared_error
 from .requantization import rounding_errors
-from .rounding import Method
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 PRICES = ("direction", "trace")
@@ -67,7 +66,7 @@ def bit_prices(
     price: str = "direction",
     in_float: Collection[str] = (),
     asymmetric: bool = False,
-    rounding: Method = "nearest",
+    rounding: str = "nearest",
     estimator: str = "auto",
     temperature: float = 1.0,
     stop: Stop | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,17 +18,19 @@ from .objective import Batch, Batches, batch_size
 from .quantized.graphs import argument, tensor
 from .quantized.modules import WeightQuantizer
 from .quantized.placement import operator_name
-from .quantizer import Grid, dequantize, fake_quantize
+from .quantizer import Grid, dequantize, fake_quantize, fit_grid, quantize
 from .rounding import Method, fit_and_round, gram_convolution, gram_linear
 
-ROUNDINGS = ("nearest", "compensated", "adaptive")
+ROUNDINGS = ("nearest", "weighted", "compensated", "adaptive")
+"""Those of :mod:`.rounding`, and ``weighted``: to the nearest, on the scales with the least error weighted by the curvature of the layer's
+output, whose diagonal is the mean square of what each element is multiplied with."""
 EXAMPLES = 256
 CONVOLUTIONS = ("conv1d", "conv2d")
 PRODUCTS = {"linear": ("input", False), "addmm": ("mat1", True), "matmul": ("self", True), "mm": ("self", True)}
 """Products by a matrix: the argument that it is multiplied with, and whether its output channels are its columns."""
 
 
-def requantize(module: nn.Module, batches: Batches, *, method: Method = "adaptive", examples: int = EXAMPLES) -> tuple[str, ...]:
+def requantize(module: nn.Module, batches: Batches, *, method: str = "adaptive", examples: int = EXAMPLES) -> tuple[str, ...]:
     """Round the weights of a calibrated module so that the outputs of layers change little; what it could not do so is named.
 
     Weights and their scales change in place.  Calibrate again afterwards with what was observed, so that biases fit.  Embeddings,
@@ -55,7 +57,7 @@ def requantize(module: nn.Module, batches: Batches, *, method: Method = "adaptiv
 
 
 def rounding_errors(
-    module: nn.Module, batches: Batches, grids: Mapping[str, Sequence[Grid]], *, method: Method = "compensated", examples: int = EXAMPLES
+    module: nn.Module, batches: Batches, grids: Mapping[str, Sequence[Grid]], *, method: str = "compensated", examples: int = EXAMPLES
 ) -> dict[str, list[Tensor]]:
     """What rounding each weight by itself changes in it, on each of the grids given for it, all others being as they are.
 
@@ -145,7 +147,7 @@ def _gram_of(reader: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
     return gram_convolution(values[argument(reader, "input")], values[argument(reader, "weight")], **how)
 
 
-def _round(module: fx.GraphModule, quantizer: WeightQuantizer, gram: Tensor, method: Method, by_columns: bool) -> None:
+def _round(module: fx.GraphModule, quantizer: WeightQuantizer, gram: Tensor, method: str, by_columns: bool) -> None:
     weight = tensor(module, quantizer.name)
     rounded, fitted = _rounded(weight.detach(), quantizer.grid, gram, method, by_columns)
     with torch.no_grad():
@@ -153,9 +155,15 @@ def _round(module: fx.GraphModule, quantizer: WeightQuantizer, gram: Tensor, met
     quantizer.grid = fitted
 
 
-def _rounded(weight: Tensor, grid: Grid, gram: Tensor, method: Method, by_columns: bool, rounds: int = 4) -> tuple[Tensor, Grid]:
+def _rounded(weight: Tensor, grid: Grid, gram: Tensor, method: str, by_columns: bool, rounds: int = 4) -> tuple[Tensor, Grid]:
     """A weight on its grid, and the grid with the scales that suit it best."""
     rows = replace(grid, scheme=replace(grid.scheme, axis=0)) if by_columns else grid
-    levels, fitted = fit_and_round(weight.T.contiguous() if by_columns else weight, rows, gram, method=method, rounds=rounds)
+    values = weight.T.contiguous() if by_columns else weight
+    if method == "weighted":
+        squares = gram.diagonal(dim1=1, dim2=2).repeat_interleave(len(values) // len(gram), 0).reshape(values.shape)
+        fitted = fit_grid(values, rows.scheme, weights=squares)
+        levels = quantize(values, fitted)
+    else:
+        levels, fitted = fit_and_round(values, rows, gram, method=cast(Method, method), rounds=rounds)
     found = dequantize(levels, fitted)
     return (found.T if by_columns else found), Grid(grid.scheme, fitted.scale, fitted.zero_point)

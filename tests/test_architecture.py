@@ -51,7 +51,7 @@ TABLE = {
     "quantized": "objective graphs quantizer packing",
     "export": "objective quantizer quantized",
     "stopwatch": "structure plan costs planner latency graphs export files",
-    "bitwidths": "curvature objective quantized quantizer requantization rounding",
+    "bitwidths": "curvature objective quantized quantizer requantization",
     "solver": "",
     "allocation": "bitwidths packing quantized solver",
     "wiring": "objective bitplan costs plan structure quantized",
