@@ -51,10 +51,10 @@ def check_in_openvino(
     return OpenVinoAgreement(*found, integer, total, version)
 
 
-def compiled_in_openvino(path: str | Path, threads: int = 1) -> tuple[Any, str]:
-    """The file compiled for the processor in float32 where it is not integer, and the version of OpenVINO."""
+def compiled_in_openvino(path: str | Path, threads: int = 1, **more: Any) -> tuple[Any, str]:
+    """The file compiled for the processor in float32 where it is not integer, with settings of OpenVINO's own, and its version."""
     openvino = _openvino()
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **more}
     try:
         return openvino.Core().compile_model(str(path), "CPU", settings), str(openvino.__version__)
     except RuntimeError as error:
