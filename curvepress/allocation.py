@@ -12,7 +12,7 @@ from scipy.sparse import lil_matrix
 
 from .bitwidths import BitPrices, Price
 from .packing import packed_size
-from .quantized import Bits, Layout, Product, Weight
+from .quantized import Bits, Layout, Product
 from .solver import solved
 
 FLOAT = 32
@@ -23,8 +23,6 @@ READ = ".read"
 TARGETS = {"storage": ((2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8)), "onnxruntime": ((8,), (4, 8))}
 """Bits of weights that a target makes use of: of any, and of those of linear layers."""
 LINEAR = ("linear", "addmm", "matmul", "mm")
-POINTS = 200_000
-"""Most points kept while the frontier is built.  Beyond, points within one part in this many of the largest cost stand for each other."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,21 @@ def allocation(prices: BitPrices, bits: Bits) -> Allocation:
     """
     what = prices.layout
     widths = {w.name: bits.of_weight(w.name) for w in what.weights}
-    chosen = [_priced(prices.weights, name, b) for name, b in widths.items()]
-    chosen += [_priced(prices.sites, name, b) for name, b in _site_bits(what, bits).items()]
+    chosen = [priced(prices.weights, name, b) for name, b in widths.items()]
+    chosen += [priced(prices.sites, name, b) for name, b in _site_bits(what, bits).items()]
     return Allocation(
         bits,
         sum(p.rise for p in chosen),
         sum(p.stderr**2 for p in chosen) ** 0.5,
         sum(packed_size(w.size, widths[w.name] or FLOAT) for w in what.weights),
         sum(w.size * (widths[w.name] or FLOAT) for w in what.weights) / sum(w.size for w in what.weights),
-        sum(_bops(p, what, bits) for p in what.products),
+        sum(bops_of(p, what, bits) for p in what.products),
     )
 
 
 def uniform(prices: BitPrices, weight: int, activation: int = 8) -> Allocation:
     """The same bits for every weight and every activation that products read, where they have prices."""
-    return allocation(prices, _bits(prices, dict.fromkeys(prices.weights, weight), activation))
+    return allocation(prices, bits_by_name(prices, dict.fromkeys(prices.weights, weight), activation))
 
 
 def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
@@ -131,58 +129,7 @@ def allocate(
     return allocation(prices, _solved(program, prices))
 
 
-def frontier(
-    prices: BitPrices, *, weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None, activation: int = 8, cost: str = "bytes"
-) -> list[Allocation]:
-    """Every choice of weight bits that no other beats in both cost (``bytes`` or ``bops``) and predicted rise, from the smallest.
-
-    Activations are held.  Exact as long as no more than :data:`POINTS` choices are on the way: costs and rises add up over weights, so the
-    frontier of a set of weights is made of those of its parts (HAWQ-V2, section 3.2, draws it from samples under a monotonicity rule).
-
-    Raises:
-        ValueError: if the cost is another.
-    """
-    if cost not in ("bytes", "bops"):
-        raise ValueError(f"a frontier is of bytes or bops against the predicted rise, got {cost!r}")
-    total, rise = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[str, np.ndarray, np.ndarray]] = []
-    for weight in (w for w in prices.layout.weights if w.name in prices.weights):
-        bits = np.array(sorted(_allowed(weights, weight.name, prices.weights)))
-        costs = total[:, None] + np.array([_cost_of(prices, weight, int(b), activation, cost) for b in bits])
-        rises = rise[:, None] + np.array([_priced(prices.weights, weight.name, int(b)).rise for b in bits])
-        kept = _undominated(costs.ravel(), rises.ravel())
-        total, rise = costs.ravel()[kept], rises.ravel()[kept]
-        steps.append((weight.name, bits[kept % len(bits)], kept // len(bits)))
-    return [allocation(prices, _bits(prices, _walked(steps, i), activation)) for i in range(len(total))]
-
-
-def _cost_of(prices: BitPrices, weight: Weight, bits: int, activation: int, cost: str) -> int:
-    """What a weight adds to the cost of a choice at so many bits."""
-    if cost == "bytes":
-        return packed_size(weight.size, bits)
-    alike = _bits(prices, dict.fromkeys(prices.weights, bits), activation)
-    return sum(_bops(p, prices.layout, alike) for p in prices.layout.products if p.weight == weight.name)
-
-
-def _undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
-    """Where no other has both a cost and a rise as low, by rising cost."""
-    order = np.lexsort((rises, costs))
-    kept = order[rises[order] < np.concatenate([[np.inf], np.minimum.accumulate(rises[order])[:-1]])]
-    if len(kept) > POINTS:
-        place = costs[kept] * POINTS // costs.max()
-        kept = kept[np.append(place[1:] != place[:-1], True)]
-    return kept
-
-
-def _walked(steps: Sequence[tuple[str, np.ndarray, np.ndarray]], last: int) -> dict[str, int]:
-    found = {}
-    for name, bits, before in reversed(steps):
-        found[name] = int(bits[last])
-        last = int(before[last])
-    return dict(reversed(found.items()))
-
-
-def _bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
+def bits_by_name(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
     """Bits by name; what has no price stays in float, and activations that have no name here have those of sums."""
     own: dict[str, int | None] = {}
     for s in prices.layout.sites:
@@ -191,12 +138,20 @@ def _bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mappi
     return Bits({w.name: weights.get(w.name) for w in prices.layout.weights}, own)
 
 
-def _allowed(given: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, prices: Mapping[str, Mapping[int, Price]]) -> list[int]:
+def allowed_bits(
+    given: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, prices: Mapping[str, Mapping[int, Price]]
+) -> list[int]:
+    """The bits that a weight may have, by name or for all; without any, those that have prices."""
     chosen = prices[name] if given is None else given[name] if isinstance(given, Mapping) else given
     return list(dict.fromkeys(chosen))
 
 
-def _priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | None) -> Price:
+def priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | None) -> Price:
+    """The price of a number of bits; what stays in float costs nothing.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if bits is None:
         return Price(0.0, 0.0)
     if bits not in prices.get(name, {}):
@@ -226,7 +181,8 @@ def _factors(product: Product) -> tuple[tuple[str, str] | None, tuple[str, str] 
     return first, second
 
 
-def _bops(product: Product, what: Layout, bits: Bits) -> int:
+def bops_of(product: Product, what: Layout, bits: Bits) -> int:
+    """Bit operations of a product per example: its multiply-accumulates times the bits of both factors."""
     sites = _site_bits(what, bits)
 
     def held(factor: tuple[str, str] | None) -> int:
@@ -254,13 +210,13 @@ class _Program:
 
 
 def _program(prices: BitPrices, weights: Sequence[int] | Mapping[str, Sequence[int]] | None, activations: Sequence[int]) -> _Program:
-    options = [("weight", name, b) for name in prices.weights for b in _allowed(weights, name, prices.weights)]
-    rises = [_priced(prices.weights, name, b).rise for _, name, b in options]
+    options = [("weight", name, b) for name in prices.weights for b in allowed_bits(weights, name, prices.weights)]
+    rises = [priced(prices.weights, name, b).rise for _, name, b in options]
     for site in (s for s in prices.layout.sites if s.name in prices.sites):
         for b in dict.fromkeys(activations if site.role == "product" else (SUM,)):
             idle = site.name.endswith(READ) and b >= SUM
             options.append(("site", site.name, b))
-            rises.append(0.0 if idle else _priced(prices.sites, site.name, b).rise)
+            rises.append(0.0 if idle else priced(prices.sites, site.name, b).rise)
     program = _Program(options, rises)
     for i, (kind, name, _) in enumerate(options):
         program.of.setdefault((kind, name), []).append(i)
@@ -352,7 +308,7 @@ def _scaled(program: _Program) -> np.ndarray:
 
 def _chosen(program: _Program, prices: BitPrices, taken: Sequence[int]) -> Bits:
     chosen = [program.options[i] for i in taken]
-    return _bits(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
+    return bits_by_name(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
 
 
 def _least(program: _Program, prices: BitPrices) -> str:

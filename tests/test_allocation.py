@@ -8,9 +8,10 @@ import random
 import pytest
 
 from curvepress import solver
-from curvepress.allocation import Allocation, allocate, allocation, frontier, refuse_unrunnable, runnable, uniform
+from curvepress.allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
 from curvepress.bitwidths import BitPrices, Price, prices_from_dict, prices_to_dict
 from curvepress.packing import packed_size
+from curvepress.pareto import frontier
 from curvepress.quantized import Bits, Layout, Product, Site, Weight, bits_from_json
 
 WIDTHS = (2, 3, 4, 8)

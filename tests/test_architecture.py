@@ -54,6 +54,7 @@ TABLE = {
     "bitwidths": "curvature objective quantized quantizer requantization",
     "solver": "",
     "allocation": "bitwidths packing quantized solver",
+    "pareto": "allocation bitwidths packing quantized",
     "wiring": "objective bitplan costs plan structure quantized",
     "ladders": "structure scores alignment",
     "tradeoffs": "structure plan costs bitplan ladders",
