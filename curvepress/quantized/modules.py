@@ -120,7 +120,7 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, name: str, scheme: Scheme) -> None:
         super().__init__(name, scheme)
         self.observer: Observer | None = None
-        self.offset = nn.Parameter(torch.tensor(0.0))
+        self.offset = nn.Parameter(torch.tensor(0.0), requires_grad=False)
 
     @property
     def zero(self) -> Tensor:
