@@ -34,7 +34,7 @@ def float_graph(model: nn.Module, example: Example) -> tuple[fx.GraphModule, Val
             the model, or the graph computes something else on the example.
     """
     inputs = in_a_tuple(example)
-    for name, own in (*model.named_parameters(), *model.named_buffers()):
+    for name, own in model.named_parameters():  # buffers may: masks do
         _refuse_not_finite(name, own, "train the model again, or load other weights")
     for place, given in enumerate(tree_leaves(inputs)):
         _refuse_not_finite(f"input {place} of the example", given, "clean the data")
