@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from benchmarks import quantizers as peers
 from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS, float_accuracy, labels, original, percent, predictions, simulated
 from benchmarks.quantization_table import required, table
+from curvepress.bitwidths import layout_of
 from curvepress.export.integers import to_integer_onnx
-from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
+from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize, sums_in_float
 from curvepress.quantized.modules import ActivationQuantizer, quantizers
 from curvepress.requantization import ROUNDINGS, requantize
 from curvepress.training import Epoch, fit
@@ -60,7 +61,8 @@ def bits(network: str, configuration: str) -> Bits:
     weight, product = int(configuration[1]), int(configuration[3])
     of = NETWORKS[network]
     sites = dict.fromkeys((*of.entry, of.last[1]), 8)
-    return Bits(weights={of.first: 8, of.last[0]: 8}, sites=sites, weight=weight, product=product)
+    found = Bits(weights={of.first: 8, of.last[0]: 8}, sites=sites, weight=weight, product=product)
+    return replace(found, sites={**sites, **dict.fromkeys(sums_in_float(layout_of(of.model(), of.recipe.example())))})
 
 
 def ptq(network: str, configuration: str, rounding: str, seed: int) -> records.Record:

@@ -327,7 +327,7 @@ def quantize(
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
         "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
-                  "asymmetric": asymmetric, **common},
+                  "asymmetric": asymmetric, "float_sums": bits_file is None, **common},
         "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
         "quantize": {**quantized_tuning(task, {"epochs": epochs, "lr": lr, "distill": distill}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
@@ -337,7 +337,7 @@ def quantize(
     with started(folder, task) as run:
         for stage in QUANTIZATION:
             if stage == "price":
-                check_choice(Desk(run, task), settings["choose"], in_float or [])
+                check_choice(Desk(run, task), settings["choose"], in_float or [], float_sums=bits_file is None)
             run = kept(run, task, stage, settings[stage], again=again)
         show_quantized(read_json(folder / "quantized.json", QUANTIZED), folder)
 

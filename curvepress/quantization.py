@@ -28,7 +28,7 @@ from .export.running import Running
 from .files import write_text
 from .metering import clock
 from .plan import Plan, dumps, from_json, to_json
-from .quantized import Bits, Layout, Site, Weight, bits_from_json, calibrate, layout, observe, packed
+from .quantized import Bits, Layout, Site, Weight, bits_from_json, calibrate, layout, observe, packed, sums_in_float
 from .quantized import quantize as quantized
 from .recipe import check
 from .requantization import requantize
@@ -87,12 +87,18 @@ def float_model(desk: Desk) -> nn.Module:
 
 def _price(desk: Desk, settings: Settings) -> None:
     recipe = desk.recipe
-    given = {k: settings[k] for k in ("price", "in_float", "asymmetric", "temperature", "seed")}
-    batches = recipe.batches("calibration", seed=settings["seed"])
+    given: dict[str, Any] = {k: settings[k] for k in ("price", "asymmetric", "temperature", "seed")}
+    batches, model = recipe.batches("calibration", seed=settings["seed"]), float_model(desk)
     stop = Stop(examples=settings["examples"])
-    prices = bit_prices(float_model(desk), recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
+    given["in_float"] = _in_float(layout_of(model, recipe.inputs()), settings["in_float"], settings["float_sums"])
+    prices = bit_prices(model, recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
     desk.note(prices.detail)
     write_text(desk.path("prices.json"), dumps(prices_to_dict(prices)))
+
+
+def _in_float(what: Layout, names: Sequence[str], float_sums: bool) -> list[str]:
+    """What stays in float: what is named, and sums that gain nothing by a grid."""
+    return [*names, *(n for n in (sums_in_float(what) if float_sums else ()) if n not in names)]
 
 
 def _forecast(desk: Desk, progress: curvature.Progress) -> None:
@@ -136,14 +142,14 @@ def _absolute(what: Layout, name: str, limit: float) -> float:
     return int(limit * whole)
 
 
-def check_choice(desk: Desk, settings: Settings, in_float: list[str]) -> None:
+def check_choice(desk: Desk, settings: Settings, in_float: list[str], *, float_sums: bool) -> None:
     """See whether bits can be chosen so, which does not depend on the prices.
 
     Raises:
         ValueError: if not.
     """
     what = layout_of(float_model(desk), desk.recipe.inputs())
-    bits, nothing = left_in_float(Bits(), what, in_float), dict.fromkeys(range(2, 9), Price(0.0, 0.0))
+    bits, nothing = left_in_float(Bits(), what, _in_float(what, in_float, float_sums)), dict.fromkeys(range(2, 9), Price(0.0, 0.0))
     weights = {w.name: nothing for w in what.weights if bits.of_weight(w.name)}
     sites = {s.name: nothing for s in what.sites if bits.of_site(s) and not (s.weights and not weights.keys() & {*s.weights})}
     chosen(BitPrices(what, weights, sites), settings)

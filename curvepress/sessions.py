@@ -140,7 +140,7 @@ def quantized_as_planned(
     """The compressed model with the bits of its plan, by the stages of `quantize`, in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
-             "asymmetric": False, **common}  # fmt: skip
+             "asymmetric": False, "float_sums": False, **common}  # fmt: skip
     free = dict.fromkeys(("bits", "average", "bytes", "bops", "rise"))
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},

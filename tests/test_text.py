@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import text_recipe
 import torch
+import zoo
 from test_cli import in_no_time, refused, typed
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -18,7 +19,7 @@ from curvepress import pipeline, quantization
 from curvepress.export import compare_latency, to_onnx
 from curvepress.export.running import Running
 from curvepress.plan import from_json, kept
-from curvepress.quantized import Bits, calibrate, packed, quantize, sites
+from curvepress.quantized import Bits, calibrate, layout, packed, quantize, sites, sums_in_float
 from curvepress.recipe import load_recipe
 
 HERE = Path(__file__).parent
@@ -120,6 +121,7 @@ def test_the_compressed_reader_is_quantized_and_takes_sentences_of_any_length(ru
     folder = run / "quantized"
     found = json.loads((folder / "quantized.json").read_text())
     assert found["agreement"]["same"] >= 99.5 and found["agreement"]["kernels"]["integer"] == found["agreement"]["kernels"]["total"]
+    assert [s["name"] for s in found["sites"] if s["bits"] is None] == ["add", "out", "add_1", "norm", "up", "down", "add_2"]
     recipe = load_recipe(str(run.parent / "task.py"))
     small = quantization.float_model(pipeline.Desk(pipeline.Run(folder, recipe.name, {}, {}), recipe))
     module = packed.load(small, recipe.inputs(), folder / "quantized.safetensors")
@@ -128,6 +130,13 @@ def test_the_compressed_reader_is_quantized_and_takes_sentences_of_any_length(ru
         wanted, rounded = small(**other), module(**other)
         torch.testing.assert_close(Running(folder / "quantized.onnx", module, *recipe.inputs())(**other), rounded, rtol=1e-3, atol=1e-3)
     assert 0 < float((rounded - wanted).norm() / wanted.norm()) < 0.3
+
+
+def test_sums_stay_in_float_where_no_convolution_makes_or_reads_them() -> None:
+    found = sums_in_float(layout(quantize(text_recipe.model(), Bits(), text_recipe.example())))
+    assert found == ("add", "out", "add_1", "norm", "up", "down", "add_2")
+    images = zoo.make("resnet_padded")
+    assert sums_in_float(layout(quantize(images.model.float(), Bits(), torch.randn(2, 3, 8, 8)))) == ()
 
 
 def test_a_mask_in_float_is_added_to_scores_as_it_is() -> None:
