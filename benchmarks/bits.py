@@ -12,6 +12,7 @@ of prices per element, which is what a wrong sensitivity does.  Needs the data o
 from __future__ import annotations
 
 import argparse
+import json
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -19,21 +20,25 @@ from pathlib import Path
 import torch
 
 from benchmarks import records
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import MODELS, NETWORKS
 from curvepress.allocation import Allocation, allocate, uniform
-from curvepress.bitwidths import BitPrices, Price, bit_prices
+from curvepress.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
 from curvepress.curvature import Stop
+from curvepress.files import write_text
 from curvepress.quantized import calibrate, observe, quantize
 from curvepress.requantization import requantize
 
 FILE = Path(__file__).parent / "results" / "bits.jsonl"
 AVERAGES = (3, 2.5, 4)
 PRICED = {
-    "direction": ("direction", 1.0),
-    "trace": ("trace", 1.0),
-    "direction, temperature 4": ("direction", 4.0),
-    "trace, temperature 4": ("trace", 4.0),
+    "direction": ("direction", 1.0, "nearest"),
+    "trace": ("trace", 1.0, "nearest"),
+    "direction, temperature 4": ("direction", 4.0, "nearest"),
+    "trace, temperature 4": ("trace", 4.0, "nearest"),
+    "direction, compensated": ("direction", 1.0, "compensated"),
+    "direction, compensated, temperature 4": ("direction", 4.0, "compensated"),
 }
+"""Curvature of weights, temperature, and the rounding whose error is priced."""
 ROUNDINGS = ("nearest", "adaptive", "compensated")
 EXAMPLES = 512
 
@@ -76,10 +81,13 @@ def choice(network: str, average: float, bits: str) -> Allocation:
 
 @lru_cache
 def prices(network: str, how: str) -> BitPrices:
-    """Prices from calibration images."""
-    (price, temperature), of = PRICED[how], NETWORKS[network]
-    options = {"price": price, "temperature": temperature, "stop": Stop(examples=EXAMPLES)}
-    return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **options)
+    """Prices from calibration images, made once and kept beside the models."""
+    (price, temperature, rounding), of, path = PRICED[how], NETWORKS[network], MODELS / f"{network}-prices-{how.replace(' ', '-')}.json"
+    if not path.exists():
+        options = {"price": price, "temperature": temperature, "rounding": rounding, "stop": Stop(examples=EXAMPLES)}
+        found = bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **options)
+        write_text(path, json.dumps(prices_to_dict(found)))
+    return prices_from_dict(json.loads(path.read_text()))
 
 
 def reversed_prices(given: BitPrices) -> BitPrices:

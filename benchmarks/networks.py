@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,26 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from benchmarks import records
 from curvepress.export import to_onnx
-from curvepress.export.onnx import open_session
-from curvepress.objective import Batches
-from curvepress_recipes import cifar10, imagenette
+from curvepress.export.onnx import feeds, input_names, open_session
+from curvepress.objective import Batches, call
+from curvepress_recipes import cifar10, imagenette, sst2
 
 MODELS = Path("runs/benchmarks/quantization")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A recipe, the options of its model, the batch size to train with, and the batch size to test with."""
+    """A recipe, the options of its model, batch sizes, the first and last layer's weights and sites, and how it is trained on grids."""
 
     recipe: ModuleType
     options: Mapping[str, Any] = field(default_factory=dict)
     training: int = 128
     testing: int = 250
     first: str = "conv1.weight"
+    entry: tuple[str, ...] = ("x",)
     last: tuple[str, str] = ("linear.weight", "adaptive_avg_pool2d")
+    descent: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """With trained weights, in eval mode."""
@@ -46,14 +49,17 @@ class Network:
         return self.recipe.batches("train", seed=seed, batch_size=self.training)
 
     def test(self) -> Batches:
-        """The images that figures are of."""
+        """The images, or the sentences, that figures are of."""
         return self.recipe.batches("test", batch_size=self.testing)
 
 
 NETWORKS = {
     "ResNet-20": Network(cifar10, {"depth": 20}),
     "ResNet-56": Network(cifar10, {"depth": 56}),
-    "EfficientNet-Lite0": Network(imagenette, {}, 32, 50, "_conv_stem.weight", ("_fc.weight", "adaptive_avg_pool2d")),
+    "EfficientNet-Lite0": Network(imagenette, {}, 32, 50, "_conv_stem.weight", last=("_fc.weight", "adaptive_avg_pool2d")),
+    "MiniLM": Network(
+        sst2, {}, 32, 64, "encoder.embeddings.word_embeddings.weight", (), ("head.weight", "div"), {"lr": 5e-5, "optimizer": "adamw"}
+    ),
 }
 
 
@@ -65,15 +71,20 @@ def labels(network: Network) -> np.ndarray:
 def predictions(network: Network, path: Path) -> np.ndarray:
     """Classes that a file gives the test images in ONNX Runtime."""
     session = open_session(path)
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: x.contiguous().numpy()})[0].argmax(1) for x, _ in network.test()])
+    given = partial(feeds, path.name, input_names(session))
+    return np.concatenate([session.run(None, given(arrays(x)))[0].argmax(1) for x, _ in network.test()])
+
+
+def arrays(inputs: Any) -> Any:
+    """Inputs as a runtime takes them."""
+    return tree_map(lambda x: x.contiguous().numpy(), inputs)
 
 
 def simulated(network: Network, module: nn.Module) -> np.ndarray:
     """Classes that a module gives the test images."""
     module.eval()
     with torch.inference_mode():
-        return np.concatenate([module(x).argmax(1).numpy() for x, _ in network.test()])
+        return np.concatenate([call(module, x).argmax(1).numpy() for x, _ in network.test()])
 
 
 @lru_cache

@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from benchmarks import quantizers as peers
 from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS, float_accuracy, labels, original, percent, predictions, simulated
 from benchmarks.quantization_table import required, table
+from curvepress.bitwidths import layout_of
 from curvepress.export.integers import to_integer_onnx
-from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
+from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize, sums_in_float
+from curvepress.quantized.modules import ActivationQuantizer, quantizers
 from curvepress.requantization import ROUNDINGS, requantize
 from curvepress.training import Epoch, fit
 
@@ -58,7 +60,9 @@ def bits(network: str, configuration: str) -> Bits:
         return bits_from_json(path.read_text())
     weight, product = int(configuration[1]), int(configuration[3])
     of = NETWORKS[network]
-    return Bits(weights={of.first: 8, of.last[0]: 8}, sites={"x": 8, of.last[1]: 8}, weight=weight, product=product)
+    sites = dict.fromkeys((*of.entry, of.last[1]), 8)
+    found = Bits(weights={of.first: 8, of.last[0]: 8}, sites=sites, weight=weight, product=product)
+    return replace(found, sites={**sites, **dict.fromkeys(sums_in_float(layout_of(of.model(), of.recipe.example())))})
 
 
 def ptq(network: str, configuration: str, rounding: str, seed: int) -> records.Record:
@@ -67,10 +71,16 @@ def ptq(network: str, configuration: str, rounding: str, seed: int) -> records.R
     return records.once(FILE, key, lambda: _tested(_calibrated(key), key))
 
 
-def qat(network: str, configuration: str, rounding: str, seed: int, *, eighths: int, lr: float, minutes: float) -> records.Record:
-    """Train what calibration gave for eighths of an epoch, with the float network as the teacher; export, and test in ONNX Runtime."""
+def qat(
+    network: str, configuration: str, rounding: str, seed: int, *, eighths: int, lr: float | None, minutes: float, ends: bool = True
+) -> records.Record:
+    """Train what calibration gave for eighths of an epoch, with the float network as the teacher; export, and test in ONNX Runtime.
+
+    ``ends``: whether the lower ends of activations learn, beside their scales.
+    """
     what = {"network": network, "configuration": configuration, "method": "qat", "rounding": rounding, "seed": seed}
-    key = {**what, "eighths": eighths, **TRAINING, "lr": lr}
+    own = {"lr": lr} if lr else {}
+    key = {**what, "eighths": eighths, **TRAINING, **NETWORKS[network].descent, **own, **({} if ends else {"ends": "fixed"})}
     return records.once(FILE, key, lambda: _trained(key, minutes))
 
 
@@ -97,8 +107,11 @@ def _calibrated(key: records.Record) -> nn.Module:
 
 
 def _trained(key: records.Record, minutes: float) -> records.Record:
-    of = NETWORKS[key["network"]]
-    settings, start = {k: key[k] for k in TRAINING}, time.monotonic()
+    of, start = NETWORKS[key["network"]], time.monotonic()
+    settings, module = {k: key[k] for k in (*TRAINING, *of.descent)}, _start(key)
+    for quantizer in quantizers(module):
+        if isinstance(quantizer, ActivationQuantizer) and "ends" in key:
+            quantizer.offset.requires_grad_(False)
 
     def progress(epoch: Epoch) -> None:
         print(epoch, flush=True)
@@ -106,7 +119,7 @@ def _trained(key: records.Record, minutes: float) -> records.Record:
             sys.exit(f"{minutes:g} minutes are nearly over; the same command goes on")
 
     trained = fit(
-        _start(key),
+        module,
         of.recipe.loss,
         lambda seed: Eighth(of.train(seed)),
         epochs=key["eighths"],
@@ -128,7 +141,7 @@ def _start(key: records.Record) -> nn.Module:
 
 
 def _label(key: records.Record) -> str:
-    trained = f"-{key['eighths']}-{key['lr']}" if key["method"] == "qat" else ""
+    trained = f"-{key['eighths']}-{key['lr']}{'-fixed' * ('ends' in key)}" if key["method"] == "qat" else ""
     return f"{key['network']}-{Path(key['configuration']).stem}-{key['method']}-{key['rounding']}-{key['seed']}{trained}"
 
 
@@ -182,7 +195,8 @@ def main() -> None:
     parser.add_argument("--rounding", default="adaptive", choices=ROUNDINGS)
     parser.add_argument("--peers", nargs="+", default=[*peers.PEERS], choices=peers.PEERS)
     parser.add_argument("--eighths", type=int, default=2 * EIGHTH, help="of an epoch that is trained for")
-    parser.add_argument("--lr", type=float, default=TRAINING["lr"])
+    parser.add_argument("--lr", type=float, help="the network's own where not given")
+    parser.add_argument("--fixed-ends", action="store_true", help="lower ends of activations do not learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of training, at most: ends between two eighths")
     o = parser.parse_args()
@@ -194,7 +208,7 @@ def main() -> None:
     for network in o.networks:
         print(network, "in float", float_accuracy(FILE, network), flush=True)
         for configuration in o.configurations if o.what in ("ptq", "qat") else ():
-            options = {} if o.what == "ptq" else {"eighths": o.eighths, "lr": o.lr, "minutes": o.minutes}
+            options = {} if o.what == "ptq" else {"eighths": o.eighths, "lr": o.lr, "minutes": o.minutes, "ends": not o.fixed_ends}
             print({"ptq": ptq, "qat": qat}[o.what](network, configuration, o.rounding, o.seed, **options), flush=True)
         for name in o.peers if o.what == "peers" else ():
             print(peer(network, name), flush=True)

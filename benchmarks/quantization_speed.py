@@ -1,6 +1,7 @@
 """Integer files against float ones in the same runtime, taken in turns, and a quantized training step against a float one.
 
     python -m benchmarks.quantization_speed latency --networks ResNet-20 ResNet-56 EfficientNet-Lite0    # after ptq and peers
+    python -m benchmarks.quantization_speed layers    # what OpenVINO runs, and how long each takes
     python -m benchmarks.quantization_speed step
     python -m benchmarks.quantization_speed table
 
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from benchmarks import quantizers as peers
 from benchmarks import records
-from benchmarks.networks import MODELS, NETWORKS, original
+from benchmarks.networks import MODELS, NETWORKS, arrays, original
 from benchmarks.quantization import bits
 from benchmarks.quantization_table import show
 from curvepress.export import compare_latency
@@ -34,24 +37,45 @@ BATCHES = (1, 32)
 
 def latency(network: str, batches: list[int], runtimes: list[str]) -> Iterator[records.Record]:
     """Records of every file, on one thread."""
-    ours = next(iter(MODELS.glob(f"{network}-w8a8-ptq-*-0.onnx")), None)
-    if ours is None:
-        raise SystemExit(f"there is no file of {network}: run python -m benchmarks.quantization ptq --networks {network}")
-    paths = {"float": original(network), "w8a8": ours}
+    paths = {"float": original(network), "w8a8": _ours(network)}
     paths |= {name: path for name in peers.PEERS if (path := MODELS / f"{network}-{name}.onnx").exists()}
-    x = next(iter(NETWORKS[network].test()))[0][:32].contiguous().numpy()
+    x = _inputs(network)
     for runtime in runtimes:
         for batch in batches:
             key = {"network": network, "runtime": runtime, "batch": batch}
             yield records.once(FILE, key, lambda runtime=runtime, batch=batch: {"files": _compared(runtime, paths, x, batch)})
 
 
-def _compared(runtime: str, paths: dict[str, Path], x: np.ndarray, batch: int) -> dict[str, Any]:
+def _ours(network: str) -> Path:
+    found = sorted(MODELS.glob(f"{network}-w8a8-ptq-*-0.onnx"), reverse=True)
+    if not found:
+        raise SystemExit(f"there is no file of {network}: run python -m benchmarks.quantization ptq --networks {network}")
+    return found[0]
+
+
+def _inputs(network: str) -> Any:
+    """32 images, or sentences of middling length."""
+    test = NETWORKS[network].test()
+    return tree_map(lambda a: a[:32], arrays(next(islice(iter(test), len(test) // 2, None))[0]))  # sentences are sorted by length
+
+
+def _compared(runtime: str, paths: dict[str, Path], x: Any, batch: int) -> dict[str, Any]:
     if runtime == "openvino":
-        found = peers.compare_in_openvino(paths, x, batches=(batch,))
-    else:
-        found = list(compare_latency(paths, x, batches=(batch,), rounds=40, seconds=20))
+        seconds = peers.compare_in_openvino(paths, x, batch)
+        return {name: _times_of(own, next(iter(seconds.values()))) for name, own in seconds.items()}
+    found = list(compare_latency(paths, x, batches=(batch,), rounds=40, seconds=20))
     return {t.name: _times(t, found[0]) for t in found}
+
+
+def _times_of(own: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    """As :func:`_times`, from seconds ``[rounds, 2]``, with the quartiles of the ratio of processor time in the same round too."""
+    low, middle, high = np.quantile(first / own, (0.25, 0.5, 0.75), axis=0)
+    least = np.quantile(own[:, 1], 0.25), np.quantile(first[:, 1], 0.25)
+    return {
+        "milliseconds": 1000 * float(np.median(own[:, 0])), "cpu_milliseconds": 1000 * float(least[0]), "rounds": len(own),
+        "faster": float(middle[0]), "quartiles": [float(low[0]), float(high[0])], "cpu_faster": float(least[1] / least[0]),
+        "cpu_quartiles": [float(low[1]), float(high[1])],
+    }  # fmt: skip
 
 
 def _times(t: Timing, first: Timing) -> dict[str, Any]:
@@ -59,6 +83,13 @@ def _times(t: Timing, first: Timing) -> dict[str, Any]:
     quartiles, cpu = [1 / t.ratio.high, 1 / t.ratio.low], first.cpu.low / t.cpu.low
     times = {"milliseconds": t.wall.median, "cpu_milliseconds": t.cpu.low, "rounds": t.rounds}
     return {**times, "faster": 1 / t.ratio.median, "quartiles": quartiles, "cpu_faster": cpu}
+
+
+def layers(network: str) -> records.Record:
+    """What OpenVINO executes of our file and of the float one on 32 images, by kind of layer and kernel."""
+    paths = {"float": original(network), "w8a8": _ours(network)}
+    key = {"what": "layers", "network": network}
+    return records.once(FILE, key, lambda: {"files": {n: peers.executed_in_openvino(p, _inputs(network)) for n, p in paths.items()}})
 
 
 def step(rounds: int = 16) -> records.Record:
@@ -108,6 +139,13 @@ def table() -> None:
             times = f"{t['cpu_milliseconds']:.2f}", f"{t['cpu_faster']:.2f}", f"{t['faster']:.2f} ({low:.2f}–{high:.2f})"
             lines.append((r["network"], r["runtime"], str(r["batch"]), name, *times))
     show(("network", "runtime", "batch", "file", "processor ms", "times faster", "by the clock (quartiles)"), lines)
+    for r in (r for r in rows if r.get("what") == "layers"):
+        lines = [
+            (r["network"], name, kind, str(count), f"{ms:.2f}", f"{100 * ms / sum(m for _, m in kinds.values()):.1f} %")
+            for name, kinds in r["files"].items()
+            for kind, (count, ms) in sorted(kinds.items(), key=lambda k: -k[1][1])
+        ]
+        show(("network", "file", "OpenVINO runs", "layers", "ms for 32", "share"), lines)
     for r in (r for r in rows if r.get("what") == "step"):
         shown = ", ".join(f"{name} {q[1]:.2f} ({q[0]:.2f}–{q[2]:.2f})" for name, q in r["ratio"].items() if name != "float")
         print(f"\nA training step of {r['network']} over that in float, processor time, by whether scales are learned or fixed: {shown}.")
@@ -116,7 +154,7 @@ def table() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("latency", "step", "table"))
+    parser.add_argument("what", choices=("latency", "layers", "step", "table"))
     parser.add_argument("--networks", nargs="+", default=["ResNet-20"], choices=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], choices=("onnxruntime", "openvino"))
@@ -124,7 +162,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if o.what == "table":
         return table()
-    for record in (step(),) if o.what == "step" else (r for n in o.networks for r in latency(n, o.batches, o.runtimes)):
+    work = {"step": lambda: [step()], "layers": lambda: map(layers, o.networks)}
+    for record in work.get(o.what, lambda: (r for n in o.networks for r in latency(n, o.batches, o.runtimes)))():
         print(record, flush=True)
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 Record = dict[str, Any]
+IN_ONNXRUNTIME = "float in ONNX Runtime"
 ROUNDING = {"w8a8": "nearest"}
 """Of the weights whose figures are shown among the required ones; adaptive where it is not named here."""
 
@@ -91,7 +92,9 @@ def _latencies(rows: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     for r in (r for r in rows if (r.get("runtime"), r.get("batch")) in asked):
         what, limit = asked[r["runtime"], r["batch"]]
         ours = r["files"]["w8a8"]
-        others = [f"{name}'s file {t['cpu_faster']:.2f}" for name, t in r["files"].items() if name not in ("float", "w8a8")]
+        others = [f"{name}'s file {t['cpu_faster']:.2f}" for name, t in r["files"].items() if name not in ("float", "w8a8", IN_ONNXRUNTIME)]
+        if base := r["files"].get(IN_ONNXRUNTIME):
+            others.append(f"{ours['cpu_faster'] / base['cpu_faster']:.2f} against float in ONNX Runtime")
         found = "; ".join((f"{ours['cpu_faster']:.2f} by processor time, {ours['faster']:.2f} by the clock", *others))
         yield f"{r['network']}, W8A8 against float, {what}, one thread", limit, found
 

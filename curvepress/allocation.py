@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import numpy as np
@@ -23,8 +23,6 @@ READ = ".read"
 TARGETS = {"storage": ((2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8)), "onnxruntime": ((8,), (4, 8))}
 """Bits of weights that a target makes use of: of any, and of those of linear layers."""
 LINEAR = ("linear", "addmm", "matmul", "mm")
-POINTS = 200_000
-"""Most points kept while the frontier is built.  Beyond, points within one part in this many of the largest cost stand for each other."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,21 @@ def allocation(prices: BitPrices, bits: Bits) -> Allocation:
     """
     what = prices.layout
     widths = {w.name: bits.of_weight(w.name) for w in what.weights}
-    chosen = [_priced(prices.weights, name, b) for name, b in widths.items()]
-    chosen += [_priced(prices.sites, name, b) for name, b in _site_bits(what, bits).items()]
+    chosen = [priced(prices.weights, name, b) for name, b in widths.items()]
+    chosen += [priced(prices.sites, name, b) for name, b in _site_bits(what, bits).items()]
     return Allocation(
         bits,
         sum(p.rise for p in chosen),
         sum(p.stderr**2 for p in chosen) ** 0.5,
         sum(packed_size(w.size, widths[w.name] or FLOAT) for w in what.weights),
         sum(w.size * (widths[w.name] or FLOAT) for w in what.weights) / sum(w.size for w in what.weights),
-        sum(_bops(p, what, bits) for p in what.products),
+        sum(bops_of(p, what, bits) for p in what.products),
     )
 
 
 def uniform(prices: BitPrices, weight: int, activation: int = 8) -> Allocation:
     """The same bits for every weight and every activation that products read, where they have prices."""
-    return allocation(prices, _bits(prices, dict.fromkeys(prices.weights, weight), activation))
+    return allocation(prices, bits_by_name(prices, dict.fromkeys(prices.weights, weight), activation))
 
 
 def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
@@ -81,12 +79,28 @@ def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
     return {name: TARGETS[target][all(readers)] for name, readers in linear.items()}
 
 
+def refuse_unrunnable(layout: Layout, target: str, bits: Bits) -> None:
+    """See whether a target makes use of the bits of every weight.
+
+    Raises:
+        ValueError: naming the first weight of which it does not.
+    """
+    for name, allowed in runnable(layout, target).items():
+        own = bits.of_weight(name)
+        if own is not None and own not in allowed:
+            known = " and ".join(map(str, allowed))
+            raise ValueError(
+                f"{name} has {own} bits, for which {target} has no kernel, only for {known}; give such bits, or target storage"
+            )
+
+
 def allocate(
     prices: BitPrices,
     *,
     bytes: float | None = None,
     average: float | None = None,
     bops: float | None = None,
+    rise: float | None = None,
     weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     activations: Sequence[int] = (8,),
 ) -> Allocation:
@@ -94,14 +108,15 @@ def allocate(
 
     Args:
         bytes, average, bops: at most so much, as in :class:`Allocation`.
+        rise: predicted rise of the loss at most; among the choices that keep to it, one of fewest bytes is taken.
         weights: the bits that weights may have, for all or by name; by default all that have prices.
         activations: the bits of activations that products read; those that only sums read have 8.
 
     Raises:
         ValueError: if there is no budget, bits have no price, or nothing fits; the message says what the least is.
     """
-    if bytes is None and average is None and bops is None:
-        raise ValueError("give a budget: bytes, average bits of a weight, or bops")
+    if bytes is None and average is None and bops is None and rise is None:
+        raise ValueError("give a budget: bytes, average bits of a weight, bops, or the rise of the loss")
     program = _program(prices, weights, activations)
     if bytes is not None:
         _limit_bytes(program, prices, bytes)
@@ -109,48 +124,12 @@ def allocate(
         _limit_average(program, prices, average)
     if bops is not None:
         _limit_bops(program, prices, bops)
+    if rise is not None:
+        _limit_bytes(program, prices, _fewest_bytes(program, prices, rise))
     return allocation(prices, _solved(program, prices))
 
 
-def frontier(
-    prices: BitPrices, *, weights: Sequence[int] | Mapping[str, Sequence[int]] | None = None, activation: int = 8
-) -> list[Allocation]:
-    """Every choice of weight bits that no other beats in both bytes and predicted rise, from the smallest; activations are held.
-
-    Exact as long as no more than :data:`POINTS` choices are on the way: bytes and rises add up over weights, so the frontier of
-    a set of weights is made of those of its parts (HAWQ-V2, section 3.2, draws it from samples under a monotonicity rule).
-    """
-    cost, rise = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[str, np.ndarray, np.ndarray]] = []
-    for weight in (w for w in prices.layout.weights if w.name in prices.weights):
-        bits = np.array(sorted(_allowed(weights, weight.name, prices.weights)))
-        costs = cost[:, None] + np.array([packed_size(weight.size, int(b)) for b in bits])
-        rises = rise[:, None] + np.array([_priced(prices.weights, weight.name, int(b)).rise for b in bits])
-        kept = _undominated(costs.ravel(), rises.ravel())
-        cost, rise = costs.ravel()[kept], rises.ravel()[kept]
-        steps.append((weight.name, bits[kept % len(bits)], kept // len(bits)))
-    return [allocation(prices, _bits(prices, _walked(steps, i), activation)) for i in range(len(cost))]
-
-
-def _undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
-    """Where no other has both a cost and a rise as low, by rising cost."""
-    order = np.lexsort((rises, costs))
-    kept = order[rises[order] < np.concatenate([[np.inf], np.minimum.accumulate(rises[order])[:-1]])]
-    if len(kept) > POINTS:
-        place = costs[kept] * POINTS // costs.max()
-        kept = kept[np.append(place[1:] != place[:-1], True)]
-    return kept
-
-
-def _walked(steps: Sequence[tuple[str, np.ndarray, np.ndarray]], last: int) -> dict[str, int]:
-    found = {}
-    for name, bits, before in reversed(steps):
-        found[name] = int(bits[last])
-        last = int(before[last])
-    return dict(reversed(found.items()))
-
-
-def _bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
+def bits_by_name(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
     """Bits by name; what has no price stays in float, and activations that have no name here have those of sums."""
     own: dict[str, int | None] = {}
     for s in prices.layout.sites:
@@ -159,12 +138,20 @@ def _bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mappi
     return Bits({w.name: weights.get(w.name) for w in prices.layout.weights}, own)
 
 
-def _allowed(given: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, prices: Mapping[str, Mapping[int, Price]]) -> list[int]:
+def allowed_bits(
+    given: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, prices: Mapping[str, Mapping[int, Price]]
+) -> list[int]:
+    """The bits that a weight may have, by name or for all; without any, those that have prices."""
     chosen = prices[name] if given is None else given[name] if isinstance(given, Mapping) else given
     return list(dict.fromkeys(chosen))
 
 
-def _priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | None) -> Price:
+def priced(prices: Mapping[str, Mapping[int, Price]], name: str, bits: int | None) -> Price:
+    """The price of a number of bits; what stays in float costs nothing.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if bits is None:
         return Price(0.0, 0.0)
     if bits not in prices.get(name, {}):
@@ -196,7 +183,8 @@ def _factors(product: Product) -> tuple[tuple[str, str] | None, tuple[str, str] 
     return first, second
 
 
-def _bops(product: Product, what: Layout, bits: Bits) -> int:
+def bops_of(product: Product, what: Layout, bits: Bits) -> int:
+    """Bit operations of a product per example: its multiply-accumulates times the bits of both factors."""
     sites = _site_bits(what, bits)
 
     def held(factor: tuple[str, str] | None) -> int:
@@ -224,13 +212,13 @@ class _Program:
 
 
 def _program(prices: BitPrices, weights: Sequence[int] | Mapping[str, Sequence[int]] | None, activations: Sequence[int]) -> _Program:
-    options = [("weight", name, b) for name in prices.weights for b in _allowed(weights, name, prices.weights)]
-    rises = [_priced(prices.weights, name, b).rise for _, name, b in options]
+    options = [("weight", name, b) for name in prices.weights for b in allowed_bits(weights, name, prices.weights)]
+    rises = [priced(prices.weights, name, b).rise for _, name, b in options]
     for site in (s for s in prices.layout.sites if s.name in prices.sites):
         for b in dict.fromkeys(activations if site.role == "product" else (SUM,)):
             idle = site.name.endswith(READ) and b >= SUM
             options.append(("site", site.name, b))
-            rises.append(0.0 if idle else _priced(prices.sites, site.name, b).rise)
+            rises.append(0.0 if idle else priced(prices.sites, site.name, b).rise)
     program = _Program(options, rises)
     for i, (kind, name, _) in enumerate(options):
         program.of.setdefault((kind, name), []).append(i)
@@ -243,6 +231,18 @@ def _limit_bytes(program: _Program, prices: BitPrices, limit: float) -> None:
     fixed = sum(packed_size(n, FLOAT) for name, n in sizes.items() if name not in prices.weights)
     terms: Terms = {i: packed_size(sizes[n], b) for i, (k, n, b) in enumerate(program.options) if k == "weight"}
     program.rows.append((terms, -np.inf, limit - fixed))
+
+
+def _fewest_bytes(program: _Program, prices: BitPrices, rise: float) -> int:
+    """Bytes of the smallest choice that is predicted to raise the loss by no more than that."""
+    if not rise > 0:
+        raise ValueError(f"the predicted rise of the loss can be kept below a number above 0, got {rise:g}")
+    sizes = {w.name: w.size for w in prices.layout.weights}
+    bytes_of = [float(packed_size(sizes[n], b)) if k == "weight" else 0.0 for k, n, b in program.options]
+    bytes_of += [0.0] * (len(program.rises) - len(bytes_of))
+    limit = ({i: r / rise for i, r in enumerate(program.rises) if r}, -np.inf, 1.0)
+    smallest = replace(program, rises=bytes_of, rows=[*program.rows, limit])
+    return allocation(prices, _solved(smallest, prices)).bytes
 
 
 def _limit_average(program: _Program, prices: BitPrices, limit: float) -> None:
@@ -310,10 +310,14 @@ def _scaled(program: _Program) -> np.ndarray:
 
 def _chosen(program: _Program, prices: BitPrices, taken: Sequence[int]) -> Bits:
     chosen = [program.options[i] for i in taken]
-    return _bits(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
+    return bits_by_name(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
 
 
 def _least(program: _Program, prices: BitPrices) -> str:
     fewest = _chosen(program, prices, [min(own, key=lambda i: program.options[i][2]) for own in program.of.values()])
-    found = allocation(prices, fewest)
-    return f"the fewest bits allowed take {found.bytes:,} bytes, {found.average:.2f} bits a weight and {found.bops:,} bops; allow more"
+    most = _chosen(program, prices, [max(own, key=lambda i: program.options[i][2]) for own in program.of.values()])
+    found, least = allocation(prices, fewest), allocation(prices, most).rise
+    return (
+        f"the fewest bits allowed take {found.bytes:,} bytes, {found.average:.2f} bits a weight and {found.bops:,} bops, "
+        f"and the most of them raise the loss by {least:.2g}; allow more"
+    )

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 
 from . import curvature
 from .curvature import Activation, Direction, Measure, Stop
-from .objective import Batches, Loss
+from .objective import Batches, Example, Loss
 from .quantized import Bits, Layout, Product, Site, Weight, layout, observe, quantize, switch, weight_scheme
 from .quantized.modules import ActivationQuantizer
-from .quantizer import Histogram, Scheme, fake_quantize, fit_grid, squared_error
+from .quantizer import Grid, Histogram, Scheme, fit_grid, squared_error
+from .requantization import rounding_errors
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 PRICES = ("direction", "trace")
@@ -59,12 +60,13 @@ def bit_prices(
     model: nn.Module,
     loss: Loss,
     batches: Batches,
-    example: Tensor | Sequence[Tensor],
+    example: Example,
     *,
     widths: Sequence[int] = WIDTHS,
     price: str = "direction",
     in_float: Collection[str] = (),
     asymmetric: bool = False,
+    rounding: str = "nearest",
     estimator: str = "auto",
     temperature: float = 1.0,
     stop: Stop | None = None,
@@ -78,6 +80,7 @@ def bit_prices(
         price: of weights: ``direction`` or ``trace`` (HAWQ-V2), see the module.  Activations are priced by their trace.
         in_float: names of weights and sites that stay in float and get no price.
         asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
+        rounding: of weights, whose errors are priced; see :func:`~.requantization.rounding_errors`.
         estimator, temperature, stop, seed, progress: as :func:`~.curvature.estimate` takes them.
 
     Raises:
@@ -89,7 +92,10 @@ def bit_prices(
     probe = _probe(model, example, in_float)
     seen = observe(probe, batches, examples=EXAMPLES)
     switch(probe, False)
-    modules, errors = _watched(probe), _rounding_errors(probe, widths, asymmetric)
+    grids = _grids(probe, widths, asymmetric)
+    changes = rounding_errors(probe, batches, {n: list(g.values()) for n, g in grids.items()}, method=rounding)
+    errors = {name: dict(zip(grids[name], found, strict=True)) for name, found in changes.items()}
+    modules = _watched(probe)
     measures: dict[str, Measure] = {path: Activation(path) for paths in modules.values() for path in paths}
     for name, by_bits in errors.items():
         measures |= _measures(name, by_bits, price)
@@ -106,7 +112,7 @@ def bit_prices(
     return BitPrices(layout(probe), weights, sites, str(found))
 
 
-def _probe(model: nn.Module, example: Tensor | Sequence[Tensor], in_float: Collection[str]) -> fx.GraphModule:
+def _probe(model: nn.Module, example: Example, in_float: Collection[str]) -> fx.GraphModule:
     """The model with a quantizer at every site, those of reads too, which products of fewer bits than sums have."""
     bits = Bits(product=7, sum=8)
     if in_float:
@@ -114,7 +120,7 @@ def _probe(model: nn.Module, example: Tensor | Sequence[Tensor], in_float: Colle
     return quantize(model, bits, example, learn=False).eval()
 
 
-def layout_of(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Layout:
+def layout_of(model: nn.Module, example: Example) -> Layout:
     """All that can be quantized in a model."""
     return layout(quantize(model, Bits(weight=None, product=None, sum=None), example, learn=False))
 
@@ -152,16 +158,14 @@ def _watched(probe: fx.GraphModule) -> dict[str, list[str]]:
     return found
 
 
-def _rounding_errors(probe: fx.GraphModule, widths: Sequence[int], asymmetric: bool) -> dict[str, dict[int, Tensor]]:
-    """``Q(w) - w`` of every weight on the grid it would have at each number of bits."""
-    found: dict[str, dict[int, Tensor]] = {}
+def _grids(probe: fx.GraphModule, widths: Sequence[int], asymmetric: bool) -> dict[str, dict[int, Grid]]:
+    """The grid that every weight would have at each number of bits."""
+    found: dict[str, dict[int, Grid]] = {}
     own, bits = dict(probe.named_parameters()), probe.meta["bits"]
     for weight in layout(probe).weights:
         if bits.of_weight(weight.name) is not None:
-            w = own[weight.name].detach()
             schemes = {b: weight_scheme(b, weight.axis, asymmetric=asymmetric) for b in widths}
-            grids = {b: fit_grid(w, scheme, name=weight.name) for b, scheme in schemes.items()}
-            found[weight.name] = {b: fake_quantize(w, g) - w for b, g in grids.items()}
+            found[weight.name] = {b: fit_grid(own[weight.name].detach(), scheme, name=weight.name) for b, scheme in schemes.items()}
     return found
 
 

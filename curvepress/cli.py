@@ -32,7 +32,7 @@ from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
-from .settings import QAT, bit_choice, bit_ranges, branch_count, exchange, limits, timing, tuning
+from .settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, quantized_tuning, timing, tuning
 from .stopwatch import RUNTIMES
 from .terminal import (
     bars,
@@ -177,7 +177,7 @@ def compress(
             run = kept(run, task, stage, settings[stage], again=again)
         show_report(read_report(run), out / "report.html")
         if chosen:
-            quantized_as_planned(run, task, {**settings["fit"], **QAT, "epochs": qat_epochs}, settings, again=again)
+            quantized_as_planned(run, task, {**settings["fit"], **gently(settings["fit"]), "epochs": qat_epochs}, settings, again=again)
 
 
 @app.command()
@@ -306,7 +306,8 @@ def frontier(
 @explained()
 def quantize(
     source: options.Source, out: options.Into = None, bits: options.Uniform = None, average: options.Average = None,
-    bytes: options.PackedBytes = None, bops: options.Bops = None, bits_file: options.BitsFile = None, *,
+    bytes: options.PackedBytes = None, bops: options.Bops = None, rise: options.Rise = None,
+    bits_file: options.BitsFile = None, *,
     activations: options.Activations = None, target: options.Target = "storage", in_float: options.InFloat = None,
     price: options.PriceOf = "direction", price_examples: options.PriceExamples = 512,
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
@@ -317,16 +318,15 @@ def quantize(
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
     check_exports(exports or [])
-    choice = bit_choice(bits, average, bytes, bops, bits_file, activations=activations or [8], target=target)
+    choice = bit_choice(bits, average, bytes, bops, bits_file, rise=rise, activations=activations or [8], target=target)
     task, files, folder = source_of(source, out, pairs_of(option, data))
-    recovery = {"epochs": epochs, "lr": lr, "distill": distill}
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
         "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
-                  "asymmetric": asymmetric, **common},
+                  "asymmetric": asymmetric, "float_sums": bits_file is None, **common},
         "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
-        "quantize": {**tuning(task, {**QAT, **{k: v for k, v in recovery.items() if v is not None}}), "rounding": rounding,
+        "quantize": {**quantized_tuning(task, {"epochs": epochs, "lr": lr, "distill": distill}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
         "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},
     }  # fmt: skip
@@ -334,7 +334,7 @@ def quantize(
     with started(folder, task) as run:
         for stage in QUANTIZATION:
             if stage == "price":
-                check_choice(Desk(run, task), settings["choose"], in_float or [])
+                check_choice(Desk(run, task), settings["choose"], in_float or [], float_sums=bits_file is None)
             run = kept(run, task, stage, settings[stage], again=again)
         show_quantized(read_json(folder / "quantized.json", QUANTIZED), folder)
 

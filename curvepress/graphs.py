@@ -108,7 +108,10 @@ def placeholder_values(graph: fx.GraphModule, example: tuple[Any, ...]) -> list[
     """The inputs in the order of the graph's placeholders."""
     positional, named = arguments(example)
     spec = getattr(graph.graph._codegen, "pytree_info", None)
-    if spec is None or not named:
-        return [*positional, *named.values()]
+    if not named:
+        return [*positional]
+    if spec is None:
+        names = [str(p.target) for p in graph.graph.find_nodes(op="placeholder")]
+        return [*positional, *(named[n] for n in names[len(positional) :])]
     order = spec.in_spec.child(1).context
     return torch.utils._pytree.tree_leaves((positional, {k: named[k] for k in order}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,20 @@ The first dimension counts examples."""
 Loss = Callable[[Any, Any], Tensor]
 """``(model output, targets) -> scalar``: the mean over the examples of the batch."""
 Batches = Iterable[Batch]
+Example = Tensor | Sequence[Any] | Mapping[str, Tensor]
+"""Inputs as a model takes them: a tensor, keyword inputs by name, or several in order, of which the last may be such a mapping."""
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a forward pass: what stands alone or in order, and the entries of a mapping at the end."""
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     return (given[:-1], dict(given[-1])) if given and isinstance(given[-1], Mapping) else (given, {})
+
+
+def in_a_tuple(inputs: Any) -> tuple[Any, ...]:
+    """Inputs as one tuple: those in order, and at the end the mapping of keyword inputs where there are any."""
+    positional, named = arguments(inputs)
+    return (*positional, named) if named else positional
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

@@ -53,6 +53,7 @@ PackedBytes = Annotated[
     str | None, _in(CHOICE, "bytes of the packed weights at most: a share of float (0.1 or 10%), or a number", "--bytes")
 ]
 Bops = Annotated[str | None, _in(CHOICE, "bit operations at most: a share of float, or a number")]
+Rise = Annotated[float | None, _in(CHOICE, "predicted rise of the loss at most, in as few bytes as that takes")]
 BitsFile = Annotated[Path | None, _in(CHOICE, "a bits.json, of another run or edited")]
 Activations = Annotated[list[int] | None, _in(HOW, "bits of activations that products read, else 8; repeated: a choice, limited by --bops")]
 Target = Annotated[str, one_of(HOW, "which bits may be chosen: all, or those that the runtime has kernels for", TARGETS)]

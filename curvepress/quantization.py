@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import curvature
-from .allocation import Allocation, allocate, allocation, runnable, uniform
+from .allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
 from .artifacts import fill, load, read_json, restore, save
 from .bitwidths import BitPrices, Price, bit_prices, layout_of, left_in_float, prices_from_dict, prices_to_dict
 from .curvature import Stop
@@ -28,7 +28,7 @@ from .export.running import Running
 from .files import write_text
 from .metering import clock
 from .plan import Plan, dumps, from_json, to_json
-from .quantized import Bits, Layout, Site, Weight, bits_from_json, calibrate, layout, observe, packed
+from .quantized import Bits, Layout, Site, Weight, bits_from_json, calibrate, layout, observe, packed, sums_in_float
 from .quantized import quantize as quantized
 from .recipe import check
 from .requantization import requantize
@@ -45,7 +45,7 @@ COMPARED = 256
 """Validation examples on which the file and the simulation are compared."""
 EXPORTS = ("onnx", "openvino", "pt2")
 """``onnx`` is written in any case, ``openvino`` reads the same file, ``pt2`` is a program of ``torch.export``."""
-BUDGETS = ("bytes", "average", "bops")
+BUDGETS = ("bytes", "average", "bops", "rise")
 Model = tuple[nn.Module, Plan | None]
 
 
@@ -63,8 +63,6 @@ def _given(desk: Desk, source: str | None) -> Model:
         other = Desk(open_run(Path(source)), desk.recipe)
         require(other.run, "export")
         return other.compressed("model.safetensors"), other.plan()
-    if isinstance(desk.recipe.inputs()[-1], Mapping):
-        raise ValueError(f"{desk.recipe.name}: models with keyword inputs cannot be quantized yet; give one that takes its inputs in order")
     model = desk.recipe.build(trained=True)
     check(desk.recipe, model)
     try:
@@ -89,12 +87,18 @@ def float_model(desk: Desk) -> nn.Module:
 
 def _price(desk: Desk, settings: Settings) -> None:
     recipe = desk.recipe
-    given = {k: settings[k] for k in ("price", "in_float", "asymmetric", "temperature", "seed")}
-    batches = recipe.batches("calibration", seed=settings["seed"])
+    given: dict[str, Any] = {k: settings[k] for k in ("price", "asymmetric", "temperature", "seed")}
+    batches, model = recipe.batches("calibration", seed=settings["seed"]), float_model(desk)
     stop = Stop(examples=settings["examples"])
-    prices = bit_prices(float_model(desk), recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
+    given["in_float"] = _in_float(layout_of(model, recipe.inputs()), settings["in_float"], settings["float_sums"])
+    prices = bit_prices(model, recipe.loss, batches, recipe.inputs(), stop=stop, progress=lambda p: _forecast(desk, p), **given)
     desk.note(prices.detail)
     write_text(desk.path("prices.json"), dumps(prices_to_dict(prices)))
+
+
+def _in_float(what: Layout, names: Sequence[str], float_sums: bool) -> list[str]:
+    """What stays in float: what is named, and sums that gain nothing by a grid."""
+    return [*names, *(n for n in (sums_in_float(what) if float_sums else ()) if n not in names)]
 
 
 def _forecast(desk: Desk, progress: curvature.Progress) -> None:
@@ -122,9 +126,17 @@ def chosen(prices: BitPrices, settings: Settings) -> Allocation:
     """
     if settings["given"] is not None:
         found = allocation(prices, bits_from_json(settings["given"]))
-        return _spread_anew(prices, found, settings["spread"]) if settings.get("spread") else found
-    if settings["bits"] is not None:
-        return uniform(prices, settings["bits"], max(settings["activations"]))
+        found = _spread_anew(prices, found, settings["spread"]) if settings.get("spread") else found
+    elif settings["bits"] is not None:
+        found = uniform(prices, settings["bits"], max(settings["activations"]))
+    else:
+        return _allocated(prices, settings)
+    refuse_unrunnable(prices.layout, settings["target"], found.bits)
+    return found
+
+
+def _allocated(prices: BitPrices, settings: Settings) -> Allocation:
+    """The best bits within the limits that were asked for."""
     limits = {k: _absolute(prices.layout, k, settings[k]) for k in BUDGETS if settings[k] is not None}
     allowed = runnable(prices.layout, settings["target"])
     return allocate(prices, weights=allowed, activations=settings["activations"], **limits)
@@ -139,20 +151,20 @@ def _spread_anew(prices: BitPrices, found: Allocation, spread: Settings) -> Allo
 
 def _absolute(what: Layout, name: str, limit: float) -> float:
     """A share of what the model has in float as a number."""
-    if name == "average" or isinstance(limit, int):
+    if name in ("average", "rise") or isinstance(limit, int):
         return limit
     whole = 4 * sum(w.size for w in what.weights) if name == "bytes" else 32 * 32 * sum(p.macs for p in what.products)
     return int(limit * whole)
 
 
-def check_choice(desk: Desk, settings: Settings, in_float: list[str]) -> None:
+def check_choice(desk: Desk, settings: Settings, in_float: list[str], *, float_sums: bool) -> None:
     """See whether bits can be chosen so, which does not depend on the prices.
 
     Raises:
         ValueError: if not.
     """
     what = layout_of(float_model(desk), desk.recipe.inputs())
-    bits, nothing = left_in_float(Bits(), what, in_float), dict.fromkeys(range(2, 9), Price(0.0, 0.0))
+    bits, nothing = left_in_float(Bits(), what, _in_float(what, in_float, float_sums)), dict.fromkeys(range(2, 9), Price(0.0, 0.0))
     weights = {w.name: nothing for w in what.weights if bits.of_weight(w.name)}
     sites = {s.name: nothing for s in what.sites if bits.of_site(s) and not (s.weights and not weights.keys() & {*s.weights})}
     chosen(BitPrices(what, weights, sites), settings)

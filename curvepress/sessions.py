@@ -141,8 +141,8 @@ def quantized_as_planned(
     in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
-             "asymmetric": False, **common}  # fmt: skip
-    free, asked = dict.fromkeys(("bits", "average", "bytes", "bops")), settings["plan"]
+             "asymmetric": False, "float_sums": False, **common}  # fmt: skip
+    free, asked = dict.fromkeys(("bits", "average", "bytes", "bops", "rise")), settings["plan"]
     spread = {"left": {"bytes": 0, **left_over(Desk(run, task), asked, ("bytes", "bops"))}, "weights": asked["bits"],
               "activations": asked["activation_bits"]}  # fmt: skip
     stages: dict[str, dict[str, Any]] = {

@@ -28,7 +28,8 @@ FIT: Mapping[str, Any] = {
 }
 """The settings of the fine-tune where neither the user nor the recipe has others."""
 QAT: Mapping[str, Any] = {"epochs": 0, "lr": 0.002, "distill": 0.9, "precision": "full"}
-"""Those of training a quantized model, which is nearly there when it starts, where the user has no others."""
+"""Those of training a quantized model, which is nearly there when it starts, where the user has no others; the rate is not above that
+of the fine-tune, which suits its optimizer."""
 
 
 def limits(
@@ -120,6 +121,7 @@ def bit_choice(
     bops: str | None,
     file: Path | None,
     *,
+    rise: float | None,
     activations: Sequence[int],
     target: str,
 ) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def bit_choice(
     Raises:
         ValueError: if two ways are asked for, or one is out of range.
     """
-    budgets = {"average": average, "bytes": bytes, "bops": bops}
+    budgets = {"average": average, "bytes": bytes, "bops": bops, "rise": rise}
     asked = [f"--{k}" for k, v in {"bits": bits, "bits-file": file}.items() if v is not None]
     asked += [" ".join(f"--{k}" for k, v in budgets.items() if v is not None)] if any(v is not None for v in budgets.values()) else []
     if len(asked) > 1:
@@ -140,11 +142,14 @@ def bit_choice(
         raise ValueError(f"--activations {' '.join(map(str, widths))} leaves a choice, which only --bops limits; give that, or one number")
     if average is not None and not 2 <= average <= 32:
         raise ValueError(f"--average must be from 2 to 8 bits (more only where layers stay in float); got {average:g}")
+    if rise is not None and not 0 < rise < float("inf"):
+        raise ValueError(f"--rise is a rise of the loss above 0, such as 0.01; got {rise:g}")
     return {
         "bits": bits if asked else 8,
         "average": average,
         "bytes": None if bytes is None else _limit("bytes", bytes),
         "bops": None if bops is None else _limit("bops", bops),
+        "rise": rise,
         "given": None if file is None else _text_of(file),
         "activations": widths,
         "target": target,
@@ -207,6 +212,16 @@ def tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the fine-tune cannot be done so: {error}; change the option, or RECOVERY in {recipe.name}") from error
     return {**chosen, "milestones": list(chosen["milestones"])}
+
+
+def quantized_tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of training a quantized model, as :func:`tuning` has those of the fine-tune; it raises as that does."""
+    return tuning(recipe, {**gently(tuning(recipe, {})), **{k: v for k, v in given.items() if v is not None}})
+
+
+def gently(usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that training a quantized model has of its own, beside a fine-tune with these."""
+    return {**QAT, "lr": min(QAT["lr"], usual["lr"])}
 
 
 def descent(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import prod
 
-from torch import Tensor, nn
+from torch import nn
 
 from .bitplan import Multiplication, Wiring
 from .costs import STORED
+from .objective import Example
 from .plan import Plan
 from .quantized import Bits, Layout, Product, layout, quantize
 from .structure import Structure, TensorSpec
 
 
-def wiring(model: nn.Module, structure: Structure, example: Tensor | Sequence[Tensor]) -> Wiring:
+def wiring(model: nn.Module, structure: Structure, example: Example) -> Wiring:
     """How the model is stored and what it multiplies, once it is quantized.
 
     Raises:

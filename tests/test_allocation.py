@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from curvepress import solver
-from curvepress.allocation import Allocation, allocate, allocation, frontier, runnable, uniform
+from curvepress.allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
 from curvepress.bitwidths import BitPrices, Price, prices_from_dict, prices_to_dict
 from curvepress.packing import packed_size
+from curvepress.pareto import frontier
 from curvepress.quantized import Bits, Layout, Product, Site, Weight, bits_from_json
 
 WIDTHS = (2, 3, 4, 8)
@@ -78,6 +79,32 @@ def test_the_allocation_is_the_best_of_all_choices_under_every_budget(seed: int,
             assert all(getattr(found, k) <= v for k, v in limits.items())
             assert found.rise == pytest.approx(best(choices, **limits), rel=1e-5)
             assert found == allocation(prices, found.bits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_within_a_rise_of_the_loss_the_fewest_bytes_are_taken(seed: int):
+    prices = made(seed)
+    choices = everything(prices)
+    for limits in ({"rise": random.Random(seed).choice(choices).rise * 1.001}, {"rise": max(c.rise for c in choices), "average": 5}):
+        found = allocate(prices, activations=ACTIVATIONS, **limits)
+        kept = [c for c in choices if all(getattr(c, k) <= v for k, v in limits.items())]
+        assert found.bytes == min(c.bytes for c in kept)
+        assert found.rise == pytest.approx(best(kept, bytes=found.bytes), rel=1e-5)
+    with pytest.raises(ValueError, match="and the most of them raise the loss by"):
+        allocate(prices, rise=min(c.rise for c in choices) / 2)
+    with pytest.raises(ValueError, match="below a number above 0, got -1"):
+        allocate(prices, rise=-1)
+
+
+@pytest.mark.parametrize("unpriced", [(), ("b", "x")])
+def test_the_frontier_of_bit_operations_is_all_that_nothing_beats(unpriced: tuple[str, ...]):
+    prices = made(4, unpriced=unpriced)
+    choices = everything(prices, activations=(8,))
+    wanted = {c.bops: c.rise for c in choices if not any(o.bops <= c.bops and o.rise < c.rise for o in choices)}
+    found = frontier(prices, cost="bops")
+    assert {f.bops: f.rise for f in found} == pytest.approx(dict(sorted(wanted.items())))
+    with pytest.raises(ValueError, match="bytes or bops against the predicted rise, got 'seconds'"):
+        frontier(prices, cost="seconds")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -164,6 +191,9 @@ def test_targets_allow_what_they_run():
         runnable(layout, "gpu")
     found = allocate(made(0), average=7.9, weights=runnable(layout, "onnxruntime"))
     assert (found.bits.weights["a"], found.bits.weights["c"]) == (8, 8)
+    refuse_unrunnable(layout, "onnxruntime", found.bits)
+    with pytest.raises(ValueError, match="a has 4 bits, for which onnxruntime has no kernel, only for 8; .* storage"):
+        refuse_unrunnable(layout, "onnxruntime", Bits({"b": 4, "c": None}, weight=4))
 
 
 def test_what_cannot_be_met_is_refused_with_the_least_that_can():

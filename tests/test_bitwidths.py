@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from curvepress.bitwidths import BitPrices, bit_prices, layout_of, left_in_float, prices_from_dict, prices_to_dict
 from curvepress.quantized import Bits
-from curvepress.quantizer import Scheme, fake_quantize, fit_grid
+from curvepress.quantizer import Scheme, dequantize, fake_quantize, fit_grid
+from curvepress.rounding import fit_and_round, gram_linear
 from tests import zoo
 
 WIDTHS = (2, 4, 8)
@@ -73,6 +74,24 @@ def test_weights_are_priced_as_the_dense_matrix_says(small: Small, data: Data, p
             d = (fake_quantize(w.detach(), fit_grid(w.detach(), Scheme(bits, axis=0))) - w.detach()).double().flatten()
             wanted = d @ matrix @ d / 2 if price == "direction" else matrix.trace() / len(d) * d.square().sum() / 2
             assert found.weights[name][bits].rise == pytest.approx(float(wanted), rel=1e-3), (name, bits)
+
+
+def test_the_error_of_the_rounding_that_is_asked_for_is_priced(small: Small, data: Data):
+    found, nearest = (priced(small, data, rounding=r, estimator="exact") for r in ("compensated", "nearest"))
+    model, rows = deepcopy(small).double(), torch.cat([x for x, _ in data])
+    with torch.no_grad():
+        h = small.start(rows)
+        read = {"first.weight": rows, "second.weight": h, "last.weight": h + small.second(h)}
+    for name, x in read.items():
+        w = small.get_parameter(name).detach()
+        matrix = sum(
+            gauss_newton(lambda v, r=r, name=name: functional_call(model, {name: v}, (r[None].double(),)), w.double()) for r in rows
+        )
+        levels, grid = fit_and_round(w, fit_grid(w, Scheme(2, axis=0)), gram_linear(x), method="compensated", rounds=1)
+        d = (dequantize(levels, grid) - w).double().flatten()
+        assert found.weights[name][2].rise == pytest.approx(float(d @ matrix @ d / 2) / len(rows), rel=1e-3), name
+    assert sum(p[2].rise for p in found.weights.values()) < sum(p[2].rise for p in nearest.weights.values())
+    assert found.sites == nearest.sites
 
 
 def test_activations_are_priced_per_example_as_the_dense_matrix_says(small: Small, data: Data):

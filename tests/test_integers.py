@@ -8,11 +8,13 @@ import torch
 from onnxscript import opset21
 from torch import Tensor, nn
 
-from curvepress.export.integers import to_integer_onnx
+from curvepress.export.comparison import refuse_disagreement
+from curvepress.export.integers import TABLE, to_integer_onnx
 from curvepress.export.kernels import count_kernels
 from curvepress.export.openvino import check_in_openvino
 from curvepress.export.program import to_program
-from curvepress.quantized import Bits, calibrate, packed, quantize
+from curvepress.quantized import Bits, calibrate, floating, packed, quantize
+from curvepress.quantized.lowering import ROUND
 from curvepress.quantized.modules import WeightQuantizer, quantizers
 from tests import zoo
 
@@ -117,10 +119,43 @@ def test_programs_are_the_simulation_exactly_and_need_no_curvepress(tmp_path):
 
 def test_a_file_that_disagrees_gets_no_name(tmp_path, monkeypatch):
     module, data = quantized("mlp")
-    monkeypatch.setattr("curvepress.export.integers._round", lambda x, *_: opset21.Neg(x))
-    with pytest.raises(ValueError, match="same prediction"):
-        to_integer_onnx(module, data, tmp_path / "a.onnx", least_same=100.1)
+    monkeypatch.setitem(TABLE, ROUND, lambda x, *_: opset21.Neg(x))
+    with pytest.raises(ValueError, match="where quantization itself changes them by"):
+        to_integer_onnx(module, data, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_differ_by_more_than_quantization_are_refused_also_where_predictions_are_the_same():
+    module, data = quantized("mlp")
+    with torch.no_grad():
+        rounded = module(data[0][0])
+        with floating(module):
+            change = float((rounded - module(data[0][0])).abs().mean())
+    for same, part in ((100, 0.9), (98, 0.4)):
+        refuse_disagreement("it", module, [(data[0][0],)], same, part * change, 99.5)
+    for same, part in ((100, 1.1), (99, 0.6)):
+        with pytest.raises(ValueError, match=f"for {same}.00% .*differ by {part * change:.2g} .*by {change:.2g}"):
+            refuse_disagreement("it", module, [(data[0][0],)], same, part * change, 99.5)
+    nothing = calibrate(
+        quantize(nn.Linear(3, 2), Bits(weight=None, product=None, sum=None), torch.randn(4, 3)), [(torch.randn(4, 3), None)]
+    )
+    refuse_disagreement("it", nothing, [(torch.randn(4, 3),)], 100, 1e-7, 99.5)
+
+
+def test_an_operator_without_a_form_in_onnx_is_named_with_a_way_out(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.layer(x))
+
+    data = [(torch.randn(8, 4), None)]
+    module = calibrate(quantize(Odd(), Bits(), data[0][0]), data)
+    with pytest.raises(ValueError, match=r"bessel_j0.*; write that part of the model in other operators, or use it in PyTorch"):
+        to_integer_onnx(module, data, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == [] and to_program(module, data, tmp_path / "a.pt2").error == 0
 
 
 def test_damaged_files_and_missing_runtimes_say_so(tmp_path, monkeypatch):

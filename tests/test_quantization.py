@@ -16,7 +16,7 @@ from curvepress.export.onnx import to_onnx
 from curvepress.export.running import Running
 from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
 from curvepress.quantized.modules import WeightQuantizer, quantizers
-from curvepress.quantizer import fake_quantize
+from curvepress.quantizer import Scheme, fake_quantize, fit_grid
 from curvepress.requantization import requantize
 from curvepress.rounding import gram_linear, output_error
 from curvepress.runs import QUANTIZATION, open_run
@@ -148,6 +148,8 @@ def test_other_settings_are_refused_by_name_and_again_does_what_they_touch(recip
         ),
         (("--activations", "4", "--activations", "8"), "leaves a choice, which only --bops limits"),
         (("--export", "tflite"), "there is no format tflite to export to; choose of onnx, openvino, pt2"),
+        (("--bits", "3", "--target", "onnxruntime"), "0.weight has 3 bits, for which onnxruntime has no kernel, only for 4 and 8"),
+        (("--rise", "-0.1"), "--rise is a rise of the loss above 0"),
         (("--activations", "9"), "--activations must be from 2 to 8 bits; got 9"),
         (("--bits-file", "nowhere.json"), "--bits-file nowhere.json cannot be read"),
         (("--epochs", "1", "--lr", "-1"), "the fine-tune cannot be done so"),
@@ -232,13 +234,26 @@ def test_rounding_layer_by_layer_changes_outputs_less(chain: tuple[nn.Module, li
     assert apart[0] < apart[1]
 
 
+def test_scales_can_weigh_errors_by_what_weights_are_multiplied_with(chain: tuple[nn.Module, list[tuple[Tensor, None]]]):
+    model, data = chain
+    module = quantize(model, Bits(weight=3), data[0][0])
+    calibrate(module, data)
+    site, wanted = next(q for q in quantizers(module) if q.name == "x"), model.first.weight.detach()
+    entered = fake_quantize(torch.cat([x for x, _ in data]), site.grid)
+    assert requantize(module, data, method="weighted") == ("tied.weight",)
+    grid = fit_grid(wanted, Scheme(3, axis=0), weights=entered.square().sum(0).expand(wanted.shape))
+    torch.testing.assert_close(module.get_parameter("first.weight").detach(), fake_quantize(wanted, grid))
+    columns = next(q for q in quantizers(module) if q.name == "columns")
+    assert columns.grid.scheme.axis == 1 and columns.grid.scale.shape == (5,)
+
+
 def test_rounding_to_the_nearest_changes_nothing_and_unknown_ones_are_refused(chain: tuple[nn.Module, list[tuple[Tensor, None]]]):
     model, data = chain
     module = calibrate(quantize(model, Bits(weight=3), data[0][0]), data)
     before = {n: t.clone() for n, t in module.state_dict().items()}
     requantize(module, data, method="nearest")
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
-    with pytest.raises(ValueError, match="rounding 'up' is unknown; choose one of nearest, compensated, adaptive"):
+    with pytest.raises(ValueError, match="rounding 'up' is unknown; choose one of nearest, weighted, compensated, adaptive"):
         requantize(module, data, method="up")
     with pytest.raises(ValueError, match="no batches"):
         requantize(module, [])

@@ -26,7 +26,7 @@ from curvepress.quantized.graphs import float_graph
 from curvepress.quantized.learning import round_and_learn
 from curvepress.quantized.lowering import lower
 from curvepress.quantized.modules import ActivationQuantizer, WeightQuantizer, quantizers
-from curvepress.quantizer import Scheme, fake_quantize, grid
+from curvepress.quantizer import Scheme, fake_quantize, fit_grid, grid
 from curvepress.training import fit
 from tests import zoo
 
@@ -223,27 +223,46 @@ def test_bad_calibration_data_is_refused(residual: tuple[nn.Module, Tensor], cha
         calibrate(module, {})
 
 
+@pytest.mark.parametrize("zero", [0, 0.3, 1, 2.6])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gradients_of_activations_are_those_of_the_definition(bits: int, generator: torch.Generator):
+def test_gradients_of_activations_are_those_of_the_definition(bits: int, zero: float, generator: torch.Generator):
+    """By finite differences of the function that straight-through gradients are those of: what rounding adds is held as it is."""
     x = torch.randn(2, 3, 4, 5, generator=generator).mul_(3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    scheme, zero = Scheme(bits, symmetric=False), torch.tensor(2.0 ** (bits - 2))
-    scale = torch.tensor(3.0 / 2**bits, requires_grad=True)
-    y = round_and_learn(x, scheme, scale, zero, 0.5)
-    assert torch.equal(y, fake_quantize(x.detach(), grid(scheme, scale.detach(), zero)))
+    scheme, scale = Scheme(bits, symmetric=False), torch.tensor(3.0 / 2**bits, requires_grad=True)
+    offset = (-zero * scale.detach()).requires_grad_(bool(zero))
+    y = round_and_learn(x, scheme, scale, offset, 0.5)
+    assert torch.equal(y, fake_quantize(x.detach(), grid(scheme, scale.detach(), round(zero))))
     g = torch.randn(y.shape, generator=generator)
     y.backward(g)
-    wanted, by_scale, step = torch.zeros_like(x), 0.0, scale.item()
-    for n, (value, weight) in enumerate(zip(x.detach().flatten().tolist(), g.flatten().tolist(), strict=True)):
-        exact = value / step
-        level = min(max(round(exact), -int(zero)), scheme.qmax - int(zero))
-        clamped = level != round(exact)
-        by_scale += 0.5 * weight * (level if clamped else level - exact)
-        if not clamped:
-            wanted[tuple(int(i) for i in torch.unravel_index(torch.tensor(n), x.shape))] = weight
-    torch.testing.assert_close(x.grad, wanted)
-    assert float(scale.grad) == pytest.approx(by_scale, rel=1e-3, abs=1e-4)
+    exact = x.detach().double() / scale.item() + round(zero)
+    level, inside = exact.round().clamp(0, scheme.qmax), (exact.round() >= 0) & (exact.round() <= scheme.qmax)
+
+    def weighted(scale: float, offset: float) -> Tensor:
+        steps = torch.where(inside, x0 / scale + (level - exact), level - (-offset / scale + round(zero) + o0 / s0))
+        return (steps * scale * g).sum()
+
+    x0, s0, o0, h = x.detach().double(), scale.item(), offset.item(), 1e-6
+    by_scale = (weighted(s0 + h, o0) - weighted(s0 - h, o0)) / (2 * h)
+    assert float(scale.grad) == pytest.approx(0.5 * float(by_scale), rel=1e-3, abs=1e-3)
+    by_offset = (weighted(s0, o0 + h) - weighted(s0, o0 - h)) / (2 * h)
+    assert offset.grad is None if not zero else float(offset.grad) == pytest.approx(0.5 * float(by_offset), rel=1e-3, abs=1e-4)
+    torch.testing.assert_close(x.grad, torch.where(inside, g, 0.0))
     with pytest.raises(ValueError, match="no size of a step"):
-        round_and_learn(x, scheme, torch.tensor(-1.0), zero, 1.0)
+        round_and_learn(x, scheme, torch.tensor(-1.0), offset.detach(), 1.0)
+
+
+def test_a_lower_end_that_was_calibrated_wrong_is_learned(generator: torch.Generator):
+    x = torch.randn(4096, generator=generator) - 0.7
+    quantizer = ActivationQuantizer("x", Scheme(4, symmetric=False))
+    quantizer.grid = grid(quantizer.scheme, 0.2, 1)  # from -0.2 to 2.8
+    descent = torch.optim.Adam(quantizer.parameters(), 0.02)
+    for _ in range(1000):
+        descent.zero_grad()
+        (quantizer(x) - x).square().mean().backward()
+        descent.step()
+    best = fit_grid(x, quantizer.scheme)
+    error = [float((fake_quantize(x, g) - x).square().mean()) for g in (quantizer.grid, best)]
+    assert error[0] < 1.05 * error[1] and int(quantizer.grid.zero_point) == int(best.zero_point)
 
 
 def test_it_trains_with_fit_and_goes_on_from_a_checkpoint(residual: tuple[nn.Module, Tensor], tmp_path):
@@ -340,6 +359,23 @@ def test_attention_is_spelt_out_with_masks_and_grouped_heads():
     inputs = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 1, 5, 5)
     module = quantize(Attention(), Bits(), inputs)
     assert sum(p.operator == "matmul" for p in layout(module).products) == 6
+
+
+@pytest.mark.parametrize(
+    ("weight", "x", "message"),
+    [
+        (float("inf"), 1.0, r"0\.weight holds NaN or infinities \(1 of 12 values\); train the model again"),
+        (1.0, float("nan"), r"input 0 of the example holds NaN or infinities \(1 of 6 values\); clean the data"),
+        (3e38, 3e38, "what the model computes for the example holds NaN or infinities"),
+    ],
+)
+def test_what_is_not_finite_is_named(weight: float, x: float, message: str):
+    model, example = nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3)
+    with torch.no_grad():
+        model[0].weight[0, 0] = weight
+        example[0, 0] = x
+    with pytest.raises(ValueError, match=message):
+        quantize(model, Bits(), example)
 
 
 def test_a_random_model_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import text_recipe
 import torch
+import zoo
 from test_cli import in_no_time, refused, typed
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from curvepress import pipeline
+from curvepress import pipeline, quantization
 from curvepress.export import compare_latency, to_onnx
 from curvepress.export.running import Running
 from curvepress.plan import from_json, kept
+from curvepress.quantized import Bits, calibrate, layout, packed, quantize, sites, sums_in_float
 from curvepress.recipe import load_recipe
 
 HERE = Path(__file__).parent
@@ -111,5 +114,44 @@ def test_aligned_is_refused_where_there_is_nothing_to_align(tmp_path: Path) -> N
     assert "--aligned has nothing to hold equal" in said and "leave it out" in said
 
 
-def test_quantization_says_that_it_takes_no_keyword_inputs(run: Path, tmp_path: Path) -> None:
-    assert "keyword inputs cannot be quantized yet" in refused("quantize", run.parent / "task.py", "--out", tmp_path / "q")
+def test_the_compressed_reader_is_quantized_and_takes_sentences_of_any_length(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "compare_latency", in_no_time)
+    said = typed("quantize", run, "--average", 6, "--rounding", "adaptive", "--epochs", 1)
+    assert said.code == 0, said
+    folder = run / "quantized"
+    found = json.loads((folder / "quantized.json").read_text())
+    assert found["agreement"]["same"] >= 99.5 and found["agreement"]["kernels"]["integer"] == found["agreement"]["kernels"]["total"]
+    assert [s["name"] for s in found["sites"] if s["bits"] is None] == ["add", "out", "add_1", "norm", "up", "down", "add_2"]
+    recipe = load_recipe(str(run.parent / "task.py"))
+    small = quantization.float_model(pipeline.Desk(pipeline.Run(folder, recipe.name, {}, {}), recipe))
+    module = packed.load(small, recipe.inputs(), folder / "quantized.safetensors")
+    other = dict(reversed(text_recipe.sentences(7, 3, length=12).items()))  # names count, not their order
+    with torch.no_grad():
+        wanted, rounded = small(**other), module(**other)
+        torch.testing.assert_close(Running(folder / "quantized.onnx", module, *recipe.inputs())(**other), rounded, rtol=1e-3, atol=1e-3)
+    assert 0 < float((rounded - wanted).norm() / wanted.norm()) < 0.3
+
+
+def test_sums_stay_in_float_where_no_convolution_makes_or_reads_them() -> None:
+    found = sums_in_float(layout(quantize(text_recipe.model(), Bits(), text_recipe.example())))
+    assert found == ("add", "out", "add_1", "norm", "up", "down", "add_2")
+    images = zoo.make("resnet_padded")
+    assert sums_in_float(layout(quantize(images.model.float(), Bits(), torch.randn(2, 3, 8, 8)))) == ()
+
+
+def test_a_mask_in_float_is_added_to_scores_as_it_is() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.project(x)
+            hidden = (1.0 - mask[:, None].float()) * torch.finfo(torch.float32).min
+            return torch.softmax(y @ y.mT + hidden, -1) @ y
+
+    model, given = Masked().eval(), {"x": torch.randn(4, 6, 8), "mask": (torch.arange(6) < torch.tensor([[6], [4], [3], [1]])).long()}
+    module = calibrate(quantize(model, Bits(), given), [(given, None)]).eval()
+    assert [s.name for s in sites(module)] == ["x", "project", "softmax"]
+    with torch.no_grad():
+        torch.testing.assert_close(module(**given), model(**given), rtol=0.05, atol=0.05)

@@ -18,7 +18,7 @@ import onnxruntime
 from torch.utils import _pytree
 
 from ..objective import arguments
-from .onnx import feeds, open_session
+from .onnx import feeds, input_names, open_session
 
 Arguments = tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]
 """Inputs in order, and by name."""
@@ -146,7 +146,7 @@ def _repeated(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def _feeds(name: str, session: onnxruntime.InferenceSession, inputs: Arguments) -> dict[str, np.ndarray]:
-    given = feeds(name, session, (*inputs[0], inputs[1]))
+    given = feeds(name, input_names(session), (*inputs[0], inputs[1]))
     for i in session.get_inputs():
         if i.shape and isinstance(i.shape[0], int) and i.shape[0] != len(given[i.name]):
             raise ValueError(f"{name} takes batches of {i.shape[0]} only, not {len(given[i.name])}; give batches=({i.shape[0]},)")

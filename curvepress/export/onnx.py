@@ -11,24 +11,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree
 
-from ..objective import arguments, call
+from ..objective import Example, arguments, call, in_a_tuple
 
 OPSET = 18
 """The operator set of the files: the one PyTorch's exporter is written in, so that nothing is converted afterwards."""
 
-Example = Tensor | Sequence[Any] | Mapping[str, Tensor]
-"""Inputs as the model takes them: a tensor, keyword inputs by name, or several in order, of which the last may be such a mapping."""
 Inputs = tuple[Any, ...]
-"""The same as a tuple."""
+"""An example as a tuple, which may end in a mapping of keyword inputs."""
+Written = TypeVar("Written")
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ def to_onnx(model: nn.Module, example: Example, path: str | Path, *, tolerance: 
 
 
 def _checked(example: Example) -> Inputs:
-    positional, named = arguments(example)
-    inputs = (*positional, named) if named else positional
+    inputs = in_a_tuple(example)
     tensors = _pytree.tree_leaves(inputs)
     if not tensors or not all(isinstance(x, Tensor) and x.numel() for x in tensors):
         raise ValueError(f"the example must be one or more tensors that are not empty; got {[type(x).__name__ for x in tensors]}")
@@ -119,22 +117,34 @@ def _exported(model: nn.Module, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram,
     why = "its inputs do not share their first dimension"
     if size := _batch(inputs):
         several = _resized(inputs, max(2, size))  # the exporter takes a size of 1 for a constant
-        if _length(inputs) > 1:
-            with suppress(Exception):  # of a model whose code holds the length; the exporter raises whatever that raises
-                return _program(model, several, any_batch(model, several, lengths=True)), "", True
         try:
-            return _program(model, several, any_batch(model, several)), "", False
+            program, lengths = of_any_size(model, several, onnx_program)
+            return program, "", lengths
         except Exception as error:  # the exporter raises whatever the model's own code raises
             why = first_line(error)
     try:
-        return _program(model, inputs, None), why, False
+        return onnx_program(exported(model, inputs, None)), why, False
     except Exception as error:
         raise ValueError(
             f"the model cannot be exported to ONNX: {first_line(error)}; the exception that caused this one shows where"
         ) from error
 
 
-def any_batch(model: nn.Module, inputs: Inputs, *, lengths: bool = False) -> dict[str, Any]:
+def of_any_size(model: nn.Module, inputs: Inputs, write: Callable[[ExportedProgram], Written]) -> tuple[Written, bool]:
+    """What ``write`` makes of the exported model with the batch size left open, and whether the length of sequences is open too."""
+    if _length(inputs) > 1:
+        with suppress(Exception):  # of a model whose code holds the length; the exporter raises whatever that raises
+            return write(exported(model, inputs, _open(model, inputs, lengths=True))), True
+    return write(exported(model, inputs, _open(model, inputs, lengths=False))), False
+
+
+def exported(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    """The model as a program of ``torch.export`` with these dimensions left open."""
+    positional, named = arguments(inputs)
+    return torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
+
+
+def _open(model: nn.Module, inputs: Inputs, *, lengths: bool) -> dict[str, Any]:
     """Dimension 0 of every input left open, and with ``lengths`` dimension 1 of sequences, by the parameters of ``forward``."""
     batch = {0: Dim("batch")}
     shape = lambda x: {**batch, 1: Dim.DYNAMIC} if lengths and _sequence(x) else batch  # noqa: E731
@@ -142,13 +152,12 @@ def any_batch(model: nn.Module, inputs: Inputs, *, lengths: bool = False) -> dic
     return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)
 
 
-def _program(model: nn.Module, inputs: Inputs, shapes: Any) -> torch.onnx.ONNXProgram:
-    positional, named = arguments(inputs)
-    graph = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
-    program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False)
-    if program is None:
+def onnx_program(program: ExportedProgram, opset: int = OPSET, **options: Any) -> torch.onnx.ONNXProgram:
+    """The ONNX program of an exported one."""
+    found = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **options)
+    if found is None:
         raise RuntimeError("PyTorch's exporter returned nothing")
-    return program
+    return found
 
 
 def _trials(inputs: Inputs, *, dynamic: bool, lengths: bool) -> list[Inputs]:
@@ -167,7 +176,7 @@ def _compare(model: nn.Module, path: Path, trials: list[Inputs], tolerance: floa
     absolute, relative = [0.0], [0.0]
     for inputs in trials:
         wanted = [x.detach().numpy() for x in _pytree.tree_leaves(call(model, inputs)) if isinstance(x, Tensor)]
-        found = _run(session, feeds(path.name, session, _each(inputs, Tensor.numpy)))
+        found = _run(session, feeds(path.name, input_names(session), _each(inputs, Tensor.numpy)))
         if [w.shape for w in wanted] != [f.shape for f in found]:
             raise ValueError(
                 f"the file's outputs have shapes {[f.shape for f in found]}, the model's {[w.shape for w in wanted]}; no file was left"
@@ -186,19 +195,23 @@ def _compare(model: nn.Module, path: Path, trials: list[Inputs], tolerance: floa
     return Agreement(max(absolute), max(relative), tolerance, batch, sizes or (0,), path.stat().st_size, OPSET, versions(), lengths)
 
 
-def feeds(file: str, session: onnxruntime.InferenceSession, inputs: Any) -> dict[str, Any]:
-    """What a session is given: keyword inputs under their names, the others in order.
+def feeds(file: str, wanted: Sequence[str], inputs: Any) -> dict[str, Any]:
+    """What a file with these names of inputs is given: keyword inputs under their names, the others in order.
 
     Raises:
         ValueError: if the file takes others.
     """
     positional, named = arguments(inputs)
-    wanted = [i.name for i in session.get_inputs()]
     rest = [name for name in wanted if name not in named]
     if len(rest) != len(positional) or len(wanted) != len(positional) + len(named):
         given = [*(["unnamed"] * len(positional)), *named]
         raise ValueError(f"{file} takes {len(wanted)} inputs ({', '.join(wanted)}), the example has {len(given)} ({', '.join(given)})")
     return {**dict(zip(rest, positional, strict=True)), **named}
+
+
+def input_names(session: onnxruntime.InferenceSession) -> list[str]:
+    """The names of a file's inputs, in order."""
+    return [i.name for i in session.get_inputs()]
 
 
 def _difference(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..objective import Batches
-from .comparison import compare, take
-from .onnx import first_line
+from .comparison import compare, refuse_disagreement, take
+from .onnx import feeds, first_line
 
 KINDS = {"Convolution": "convolutions", "Deconvolution": "convolutions", "FullyConnected": "linear layers", "MatMul": "matrix products"}
 INTEGERS = ("u8", "i8")
@@ -31,22 +33,28 @@ class OpenVinoAgreement:
     version: str
 
 
-def check_in_openvino(path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, threads: int = 1) -> OpenVinoAgreement:
+def check_in_openvino(
+    path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, least_same: float = 99.5, threads: int = 1
+) -> OpenVinoAgreement:
     """How closely an ONNX file of integers computes in OpenVINO what the quantized module does.
 
     Raises:
-        ValueError: if OpenVINO is not installed, or cannot read the file.
+        ValueError: if OpenVINO is not installed, cannot read the file, or computes something else, as in :func:`to_integer_onnx`.
     """
     compiled, version = compiled_in_openvino(path, threads)
-    found = compare(module, take(batches, examples), lambda inputs: list(compiled([x.numpy() for x in inputs]).values()))
+    names = [i.get_any_name() for i in compiled.inputs]
+    given = partial(feeds, Path(path).name, names)
+    data = take(batches, examples)
+    found = compare(module, data, lambda inputs: list(compiled(given(tree_map(Tensor.numpy, inputs))).values()))
+    refuse_disagreement("OpenVINO", module, data, found[1], found[3], least_same)
     integer, total = _kernels(compiled)
     return OpenVinoAgreement(*found, integer, total, version)
 
 
-def compiled_in_openvino(path: str | Path, threads: int = 1) -> tuple[Any, str]:
-    """The file compiled for the processor in float32 where it is not integer, and the version of OpenVINO."""
+def compiled_in_openvino(path: str | Path, threads: int = 1, **more: Any) -> tuple[Any, str]:
+    """The file compiled for the processor in float32 where it is not integer, with settings of OpenVINO's own, and its version."""
     openvino = _openvino()
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **more}
     try:
         return openvino.Core().compile_model(str(path), "CPU", settings), str(openvino.__version__)
     except RuntimeError as error:

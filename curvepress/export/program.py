@@ -11,10 +11,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree
 
-from ..objective import Batches
+from ..objective import Batches, call
 from ..quantized.lowering import DECOMPOSITIONS, lower
-from .comparison import Inputs, compare, example_of, take
-from .onnx import any_batch, evaluating, first_line, quiet, temporary
+from .comparison import compare, example_of, take
+from .onnx import Inputs, evaluating, first_line, of_any_size, quiet, temporary
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def to_program(module: nn.Module, batches: Batches, path: str | Path, *, example
         try:
             torch.export.save(_program(module, data[0]), written)
             read = torch.export.load(written).module()
-            found = compare(module, data, lambda inputs: [x.numpy() for x in _pytree.tree_leaves(read(*inputs))])
+            found = compare(module, data, lambda inputs: [x.numpy() for x in _pytree.tree_leaves(call(read, inputs))])
             if not found[2] <= tolerance:
                 raise ValueError(f"the program differs from the module by {found[2]:.2g}, more than {tolerance:g}; no file was left")
             os.replace(written, path)
@@ -58,7 +58,6 @@ def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     graph, example = lower(module), example_of(inputs)
     try:
         with evaluating(graph), quiet(), torch.no_grad():
-            exported = torch.export.export(graph, example, dynamic_shapes=any_batch(graph, example), strict=False)
-            return exported.run_decompositions(dict(DECOMPOSITIONS))
+            return of_any_size(graph, example, lambda program: program.run_decompositions(dict(DECOMPOSITIONS)))[0]
     except Exception as error:  # the exporter raises whatever it meets
         raise ValueError(f"the quantized graph cannot be exported: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..objective import call
-from .onnx import evaluating, feeds, open_session
+from .onnx import evaluating, feeds, input_names, open_session
 
 
 class Running(nn.Module):
@@ -30,7 +30,7 @@ class Running(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The outputs for a batch."""
-        given = feeds("the file", self.session, (*inputs, named))
+        given = feeds("the file", input_names(self.session), (*inputs, named))
         found = iter(self.session.run(None, {name: x.detach().contiguous().numpy() for name, x in given.items()}))
         leaves = [torch.from_numpy(next(found)) if is_tensor else c for is_tensor, c in zip(self.tensors, self.constants, strict=True)]
         return _pytree.tree_unflatten(leaves, self.form)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from copy import deepcopy
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from ..graphs import export_graph
+from ..graphs import export_graph, placeholder_values
+from ..objective import Example, call, in_a_tuple
 
 aten = torch.ops.aten
 
@@ -22,16 +23,21 @@ FOLDABLE = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.
 TOLERANCE = 1e-4
 
 
-def float_graph(model: nn.Module, example: Tensor | Sequence[Tensor]) -> tuple[fx.GraphModule, Values]:
+def float_graph(model: nn.Module, example: Example) -> tuple[fx.GraphModule, Values]:
     """The model's graph in eval mode with copies of its tensors under their own names, and what its nodes compute for the example.
 
     The batch size stays open.  A BatchNorm that follows a convolution or linear layer is folded into it: its running statistics are
     kept as they are.  Dropout follows ``train()`` and ``eval()``.
 
     Raises:
-        ValueError: if ``torch.export`` cannot follow the model, or the graph computes something else on the example.
+        ValueError: if a weight, the example or what the model computes for it holds NaN or infinities, ``torch.export`` cannot follow
+            the model, or the graph computes something else on the example.
     """
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    inputs = in_a_tuple(example)
+    for name, own in model.named_parameters():  # buffers may: masks do
+        _refuse_not_finite(name, own, "train the model again, or load other weights")
+    for place, given in enumerate(tree_leaves(inputs)):
+        _refuse_not_finite(f"input {place} of the example", given, "clean the data")
     graph = export_graph(deepcopy(model).eval(), inputs)
     _make_functional(graph)
     _fold_batchnorm(graph)
@@ -80,7 +86,7 @@ def observe(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Values:
             return result
 
     with torch.no_grad():
-        Recorder(graph).run(*inputs)
+        Recorder(graph).run(*placeholder_values(graph, inputs), enable_io_processing=False)
     return values
 
 
@@ -216,15 +222,22 @@ def drop_unused(graph: fx.GraphModule) -> None:
             delattr(graph.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
 
 
+def _refuse_not_finite(name: str, value: Any, way_out: str) -> None:
+    wrong = int((~value.isfinite()).sum()) if isinstance(value, Tensor) and value.is_floating_point() else 0
+    if wrong:
+        raise ValueError(f"{name} holds NaN or infinities ({wrong} of {value.numel()} values); {way_out}")
+
+
 def _compare(graph: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Refuse a graph that computes something else than the model does."""
     modes = [(m, m.training) for m in model.modules()]
     with torch.no_grad():
-        wanted = [t for t in torch.utils._pytree.tree_leaves(model.eval()(*inputs)) if isinstance(t, Tensor)]
-        found = [t for t in torch.utils._pytree.tree_leaves(graph.eval()(*inputs)) if isinstance(t, Tensor)]
+        wanted = [t for t in tree_leaves(call(model.eval(), inputs)) if isinstance(t, Tensor)]
+        found = [t for t in tree_leaves(call(graph.eval(), inputs)) if isinstance(t, Tensor)]
     for part, mode in modes:
         part.training = mode
     for w, f in zip(wanted, found, strict=True):
+        _refuse_not_finite("what the model computes for the example", w, "give inputs of the size that it was trained on")
         apart, largest = (w - f).abs().max().item() if prod(w.shape) else 0.0, max(w.abs().max().item() if prod(w.shape) else 0.0, 1e-6)
         if not apart <= TOLERANCE * largest:
             raise ValueError(

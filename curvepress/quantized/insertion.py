@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
+from ..objective import Example
 from ..quantizer import Scheme, fit_grid
 from .graphs import argument, float_graph, set_argument, tensor
 from .layout import Bits, Layout, Site, check_names, weight_scheme
@@ -17,7 +18,7 @@ FOLDER = "quantizers"
 """The submodule that holds all quantizers; dots in the names of weights and sites become slashes."""
 
 
-def quantize(model: nn.Module, bits: Bits, example: Tensor | Sequence[Tensor], *, learn: bool = True) -> fx.GraphModule:
+def quantize(model: nn.Module, bits: Bits, example: Example, *, learn: bool = True) -> fx.GraphModule:
     """A copy of the model that computes with weights and activations on grids of the given bits, for any batch size.
 
     Its weights keep their names; BatchNorm is folded into the layer before it and its weights have their grids (least squared
@@ -35,7 +36,7 @@ def quantize(model: nn.Module, bits: Bits, example: Tensor | Sequence[Tensor], *
     return graph
 
 
-def prepare(model: nn.Module, bits: Bits, example: Tensor | Sequence[Tensor], *, learn: bool = True) -> fx.GraphModule:
+def prepare(model: nn.Module, bits: Bits, example: Example, *, learn: bool = True) -> fx.GraphModule:
     """What :func:`quantize` returns before weights have their grids: to be given those of a file."""
     graph, values = float_graph(model, example)
     placement = place(graph, values)

@@ -136,6 +136,15 @@ def bits_from_json(text: str) -> Bits:
         raise ValueError(f"these are not the bits of a quantized model: {error}") from None
 
 
+def sums_in_float(layout: Layout) -> tuple[str, ...]:
+    """The sites of sums that no convolution makes or reads: kernels are integer without a grid there too.
+
+    Residual streams of transformers hold outliers, which a grid for the whole tensor pays for with the accuracy of everything else.
+    """
+    convolved = {p.weight for p in layout.products if p.operator.startswith("conv")}
+    return tuple(s.name for s in layout.sites if s.role == "sum" and not convolved & set(s.weights))
+
+
 def check_names(bits: Bits, layout: Layout) -> None:
     """Refuse bits for weights or sites that the model does not have.
 

@@ -39,10 +39,13 @@ class Quantizer(nn.Module):
         super().__init__()
         self.name, self.scheme, self.on = name, scheme, True
         self.scale = nn.Parameter(torch.tensor(math.nan))
-        self.register_buffer("zero_point", torch.tensor(0.0))
         self.register_buffer("least", torch.tensor(0.0))
-        self.zero_point: Tensor
         self.least: Tensor
+
+    @property
+    def zero(self) -> Tensor:
+        """The zero point."""
+        raise NotImplementedError
 
     @property
     def grid(self) -> Grid:
@@ -53,13 +56,16 @@ class Quantizer(nn.Module):
         """
         if bool(self.scale.isnan().any()):
             raise ValueError(f"{self.name} has no grid yet: call calibrate(module, batches) first")
-        return learned_grid(self.scheme, self.step.detach(), self.zero_point)
+        return learned_grid(self.scheme, self.step.detach(), self.zero)
 
     @grid.setter
     def grid(self, grid: Grid) -> None:
+        self.take(grid)
+
+    def take(self, grid: Grid) -> None:
+        """Have this grid, and learn from there on."""
         self.scheme = grid.scheme
         self.scale = nn.Parameter(grid.scale.clone(), self.scale.requires_grad)
-        self.zero_point = grid.zero_point.float()
         self.least = LEAST * grid.scale
 
     @property
@@ -67,21 +73,33 @@ class Quantizer(nn.Module):
         """The scale, not below the least; its gradient goes through, so that it can grow again."""
         return self.scale + (self.scale.detach().maximum(self.least) - self.scale.detach())
 
+
+class WeightQuantizer(Quantizer):
+    """Puts a weight on a grid for each output channel; zero points, where there are any, stay as they are."""
+
+    def __init__(self, name: str, scheme: Scheme) -> None:
+        super().__init__(name, scheme)
+        self.register_buffer("zero_point", torch.tensor(0.0))
+        self.zero_point: Tensor
+
+    @property
+    def zero(self) -> Tensor:
+        """The zero points."""
+        return self.zero_point
+
+    def take(self, grid: Grid) -> None:
+        """Have this grid, and learn its scales from there on."""
+        super().take(grid)
+        self.zero_point = grid.zero_point.float()
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid."""
         if not self.on:
             return x
         if self.training and self.scale.requires_grad and torch.is_grad_enabled():
-            return fake_quantize_learned(x, self.scheme, self.step, self.zero_point, self.slowness(x))
+            slowness = gradient_scale(x.numel() // self.scale.numel(), self.scheme)
+            return fake_quantize_learned(x, self.scheme, self.step, self.zero_point, slowness)
         return fake_quantize(x, self.grid)
-
-    def slowness(self, x: Tensor) -> float:
-        """The factor of the gradient of the scale."""
-        return gradient_scale(x.numel() // self.scale.numel(), self.scheme)
-
-
-class WeightQuantizer(Quantizer):
-    """Puts a weight on a grid for each output channel."""
 
     def make_room(self, bias: Tensor, activation: Grid) -> None:
         """Raise the scales of nearly dead channels so far that the bias fits into 32 bits on the grid of the activations."""
@@ -93,24 +111,39 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """Puts activations on one grid for the tensor; while it has an ``observer``, only looks at them."""
+    """Puts activations on one grid for the tensor; while it has an ``observer``, only looks at them.
+
+    Where the grid reaches below zero, training learns its lower end ``offset`` too, in the unit of the activations (LSQ+, Bhalgat et al.
+    2020, arXiv:2004.09576); its zero point is the level nearest to zero, so that zero stays on the grid.
+    """
 
     def __init__(self, name: str, scheme: Scheme) -> None:
         super().__init__(name, scheme)
         self.observer: Observer | None = None
+        self.offset = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+
+    @property
+    def zero(self) -> Tensor:
+        """The zero point."""
+        return (-self.offset.detach() / self.step.detach()).round().clamp(self.scheme.qmin, self.scheme.qmax)
+
+    def take(self, grid: Grid) -> None:
+        """Have this grid, and learn its scale and lower end from there on."""
+        super().take(grid)
+        lowest = (grid.scheme.qmin - grid.zero_point) * grid.scale
+        self.offset = nn.Parameter(lowest, self.scale.requires_grad and bool(lowest))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, or ``x`` itself while observing."""
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
-        if self.on and torch.is_grad_enabled() and not self.scale.isnan():
-            return round_and_learn(x, self.scheme, self.step, self.zero_point, self.slowness(x))
-        return super().forward(x)
-
-    def slowness(self, x: Tensor) -> float:
-        """The factor of the gradient of the scale, by the elements of one example."""
-        return gradient_scale(max(1, x.numel() // max(1, len(x))), self.scheme)
+        if not self.on:
+            return x
+        if torch.is_grad_enabled() and not self.scale.isnan():
+            slowness = gradient_scale(max(1, x.numel() // max(1, len(x))), self.scheme)  # by the elements of one example
+            return round_and_learn(x, self.scheme, self.step, self.offset, slowness)
+        return fake_quantize(x, self.grid)
 
     def fit(self, histogram: Histogram, method: str) -> None:
         """Take the grid that suits what was seen."""

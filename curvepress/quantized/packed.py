@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..objective import Example
 from ..packing import Packed, load_packed, save_packed
 from ..quantizer import dequantize, quantize
 from .graphs import tensor
@@ -31,7 +32,7 @@ def save(module: nn.Module, path: str | Path, plan: Mapping[str, Any] | None = N
     save_packed(Packed(own, levels, grids, {"bits": json.loads(bits_of(module).to_json()), **(plan or {})}), path)
 
 
-def load(model: nn.Module, example: Tensor | Sequence[Tensor], path: str | Path) -> fx.GraphModule:
+def load(model: nn.Module, example: Example, path: str | Path) -> fx.GraphModule:
     """The module that was saved, from a freshly built model of the same architecture, in eval mode.
 
     It computes bit for bit what the saved one did; its weights are on their grids.

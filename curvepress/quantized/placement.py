@@ -20,7 +20,25 @@ MATRIX = ("matmul", "mm", "bmm")
 TURNS = ("t", "transpose", "permute")
 MOVES = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave"),
-    *("permute", "transpose", "t", "flip", "roll", "channel_shuffle", "pixel_shuffle", "contiguous", "clone", "alias", "detach", "dropout"),
+    *(
+        "permute",
+        "transpose",
+        "t",
+        "mT",
+        "numpy_T",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "flip",
+        "roll",
+        "channel_shuffle",
+        "pixel_shuffle",
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "dropout",
+    ),
     *("slice", "select", "narrow", "index_select", "split", "split_with_sizes", "chunk", "unbind", "pad", "constant_pad_nd"),
     *("max_pool1d", "max_pool2d", "max_pool3d", "upsample_nearest2d"),
 }
