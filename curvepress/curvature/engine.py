@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,10 +151,12 @@ def estimate(
     """
     how = How(named(estimator), temperature, probes, rate, omit, micro or (MICRO if precision == "full" else 2 * MICRO), seed)
     view = view_of(model, measures, displacement or {}, precision)
-    with evaluating(model), torch.enable_grad():
+    team = workers()
+    guard = nullcontext() if sharded(model) else team.together()  # passes of a sharded model are exchanges themselves
+    with evaluating(model), torch.enable_grad(), guard:
         first, batches = first_of(batches)
         setup = prepare(view, loss, first, how)
-        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, workers())
+        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, team)
         return _estimated(keep, batches, stop or Stop(), progress or (lambda _: None))
 
 
