@@ -34,10 +34,10 @@ class Stop:
     Attributes:
         samples: at most so many batches.
         examples: no further batch once there are so many examples.
-        seconds: at most so much time, on the clock.
+        seconds: no further batch once so much time has passed on the clock, but two at least.
         reliability: of the ranking of all values by one another, 0 to 1 (see :func:`~.averaging.reliability`).
         stability: of the set of the lowest ``share`` of all values, 0 to 1 (see :func:`~.averaging.stability`).
-        every: samples between two looks at these, and the least number of samples for a look.
+        every: samples between two looks at reliability and stability, and the least number of samples for a look.
     """
 
     samples: int | None = None
@@ -132,7 +132,7 @@ def estimate(
             one independent sample, so there should be several.
         measures: what to ask: :class:`Trace`, :class:`Direction`, :class:`Activation`, by a name of your choice.
         estimator: one of :data:`ESTIMATORS`, or ``auto``: the cheapest unbiased one for this model and loss.
-        precision: one of :data:`PRECISIONS`.
+        precision: one of :data:`PRECISIONS`.  Which pairs are drawn is decided in bfloat16 wherever the device has it (:mod:`.screening`).
         temperature: of the probabilities in the output curvature of a cross-entropy: 1 for the curvature of the loss itself;
             above 1 examples that the model is sure about count more.
         probes: random vectors a batch (``hessian``, ``gauss_newton``, ``controlled``, ``gap``).
@@ -209,7 +209,10 @@ def _estimated(keep: _Keeping, batches: Batches, stop: Stop, progress: Callable[
             keep.flush()
             found = keep.all(found, len(sizes))
             trusted = _trusted(found, sizes)
-            reason = _verdict(stop, found, sizes, trusted, team.slowest(time.perf_counter() - started))
+            reason = _verdict(stop, found, sizes, trusted)
+        if not reason and stop.seconds is not None and len(sizes) > 1 and len(sizes) % team.count == 0:
+            late = team.slowest(time.perf_counter() - started) >= stop.seconds
+            reason = f"{stop.seconds:g} seconds were allowed" if late else ""
         if reason:
             break
     if len(sizes) < team.count:
@@ -227,7 +230,7 @@ def _trusted(found: Mapping[int, Sample], sizes: Sequence[int]) -> float | None:
     return reliability(_table(found), np.array(sizes)) if len(found) > 1 else None
 
 
-def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trusted: float | None, seconds: float) -> str:
+def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trusted: float | None) -> str:
     if stop.reliability is not None and trusted is not None and trusted >= stop.reliability:
         return f"reliability {trusted:.3f} reached {stop.reliability}"
     if stop.stability is not None and len(found) > 1:
@@ -236,8 +239,6 @@ def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trus
             return f"stability {steady:.3f} of the lowest {stop.share:.0%} reached {stop.stability}"
     if _full(stop, sizes):
         return f"{stop.samples} batches were allowed" if len(sizes) == stop.samples else f"{stop.examples} examples were allowed"
-    if stop.seconds is not None and seconds >= stop.seconds:
-        return f"{stop.seconds:g} seconds were allowed"
     return ""
 
 

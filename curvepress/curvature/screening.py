@@ -19,7 +19,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..objective import output
 from .recording import View
-from .sharding import sharded
 from .trees import leaves
 
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
@@ -53,15 +52,19 @@ def screen(view: View, few: Any) -> Screen:
     """How first passes are run, found out on a few examples."""
     single = all(p.dtype == torch.float32 for p in view.model.parameters())
     half = torch.bfloat16 if single and view.half is None and native(view.device) else view.half
-    stand_ins = {} if sharded(view.model) else _folded(view.model, few)
-    full = Screen(None, stand_ins)
-    with torch.no_grad():
-        plain = leaves(replace(view, half=None).run(few))
-        with full.put(view) as folded:
-            same = all(_close(a, b) for a, b in zip(leaves(folded.run(few)), plain, strict=True))
-    if not same:
+    stand_ins = _folded(view.model, few)
+    if not _same(view, stand_ins, few):
         return Screen(half)
     return Screen(half, {n: m.to(half) for n, m in stand_ins.items()} if half else stand_ins)
+
+
+def _same(view: View, stand_ins: Mapping[str, nn.Module], few: Any) -> bool:
+    """Whether the model computes with ``stand_ins`` what it does without."""
+    single = replace(view, half=None)
+    with torch.no_grad():
+        plain = leaves(single.run(few))
+        with Screen(None, stand_ins).put(single) as quick:
+            return all(_close(a, b) for a, b in zip(leaves(quick.run(few)), plain, strict=True))
 
 
 def native(device: torch.device) -> bool:

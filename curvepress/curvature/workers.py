@@ -93,6 +93,7 @@ class Workers:
         """The longest of the times that the processes report, so that all take the same decision."""
         if self.count == 1:
             return seconds
+        self.heed()
         longest = torch.tensor([seconds], dtype=torch.float64, device=_device())
         distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
         return float(longest)
