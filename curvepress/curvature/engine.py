@@ -23,7 +23,7 @@ from .workers import Sample, Workers, workers
 
 MICRO = 32
 """Examples run at a time in full precision: enough for arithmetic to outweigh its administration, few enough for caches."""
-RATE = 0.125
+RATE = 0.08
 """Pairs drawn for each example, at most."""
 
 
