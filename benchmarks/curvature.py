@@ -6,6 +6,7 @@
     python -m benchmarks.curvature equality --depth 20 --cache FOLDER      # the exact estimate against unit vectors, in float64
     python -m benchmarks.curvature processes --depth 20 --cache FOLDER     # two processes against one
     python -m benchmarks.curvature table
+    python -m benchmarks.curvature required                                # the figures that were asked for
 
 CIFAR-10, residual networks in eval mode, weights of convolutions and the linear layer, one channel a row of a weight.  A batch
 is 128 training images, another in every round; the population are 16,384 others.  Every cell is a process of its own on one thread; modes
@@ -16,6 +17,7 @@ recipe ``cifar10`` (``CURVEPRESS_DATA``) and the peers named in the README besid
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -33,7 +35,9 @@ from benchmarks import curvature_reference as reference
 from benchmarks.curvature_cells import BATCH, MODES
 from benchmarks.curvature_hap import ehap, hap
 from benchmarks.curvature_ranking import agreement, needed, overlap, spearman
+from benchmarks.curvature_required import required
 from benchmarks.curvature_task import sensitivity, sizes, task
+from curvepress import curvature as engine
 
 FILE = Path(__file__).parent / "results" / "curvature.jsonl"
 RECORDED = 250
@@ -77,14 +81,19 @@ def _middle(values: np.ndarray) -> list[float]:
 
 
 def measure(depth: int, cache: Path, rounds: int, modes: Sequence[str], main: Path | None) -> None:
-    """Run every mode once a round, each time in another order and with another seed, whatever has no record yet."""
+    """Run every mode once a round, each time in another order and with another seed, whatever has no record with this code yet."""
     for turn in range(rounds):
         for mode in np.random.default_rng(turn).permutation(sorted(modes)).tolist():
             if _there(mode, main):
-                record = records.once(
-                    FILE, {"depth": depth, "mode": mode, "round": turn}, lambda m=mode, r=turn: _cell(depth, m, r, cache, main)
-                )
+                key = {"depth": depth, "mode": mode, "round": turn, "code": code()}
+                record = records.once(FILE, key, lambda m=mode, r=turn: _cell(depth, m, r, cache, main))
                 print({k: record.get(k) for k in ("mode", "round", "steps", "peak", "same", "population")}, flush=True)
+
+
+def code() -> str:
+    """A fingerprint of the engine: records of older code are kept, but neither gone on from nor shown."""
+    files = sorted(Path(engine.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 
 def _there(mode: str, main: Path | None) -> bool:
@@ -137,7 +146,7 @@ def processes(depth: int, cache: Path, rounds: int) -> None:
 def main() -> None:
     """Read the command line and do one of these things."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("reference", "measure", "ehap", "equality", "processes", "table"))
+    parser.add_argument("what", choices=("reference", "measure", "ehap", "equality", "processes", "table", "required"))
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/curvature"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -147,8 +156,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if chosen.what == "measure":
         measure(chosen.depth, chosen.cache, chosen.rounds, chosen.modes, chosen.curvlinops_main)
-    elif chosen.what == "table":
-        curvature_tables.show(records.read(FILE))
+    elif chosen.what in ("table", "required"):
+        {"table": curvature_tables.show, "required": required}[chosen.what](records.read(FILE))
     elif chosen.what in ("reference", "processes"):
         {"reference": make_reference, "processes": processes}[chosen.what](chosen.depth, chosen.cache, chosen.rounds)
     else:

@@ -80,11 +80,8 @@ MODES: dict[str, Mode] = {
     "sketch": _ours(estimator="sketch"),
     "hessian": _our_probes(),
     "hessian_bfloat16": _our_probes(precision="bfloat16"),
-    "population_1024": Mode(ours.population(images=1024), exact=True),
-    "population_1536": Mode(ours.population(images=1536), exact=True),
-    "population_2048": Mode(ours.population(images=2048), exact=True),
-    "population_2048_bfloat16": Mode(ours.population(images=2048, precision="bfloat16"), exact=True),
-    "population_3072_bfloat16": Mode(ours.population(images=3072, precision="bfloat16"), exact=True),
+    **{f"population_{n}": Mode(ours.population(images=n), exact=True) for n in (1024, 2048, 3072, 4096)},
+    **{f"population_{n}_bfloat16": Mode(ours.population(images=n, precision="bfloat16"), exact=True) for n in (2048, 3072, 4096)},
     "population_reliable": Mode(ours.population(reliability=0.95), exact=True),
 }
 

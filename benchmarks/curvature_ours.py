@@ -14,7 +14,7 @@ from benchmarks.curvature_task import Batch, Task, weights
 from curvepress import curvature
 
 PROBES = 12
-SHARD = 256
+SHARD = 512
 APART = 8_192
 BATCH = 128
 
@@ -41,7 +41,7 @@ def probed(batch: Batch, model: nn.Module, seed: int, **settings: Any) -> Iterat
 def population(
     images: int | None = None, reliability: float | None = None, again: int = 2, **settings: Any
 ) -> Callable[[Task, int], Iterator[np.ndarray]]:
-    """An estimate, ``again`` times, from images that come in batches of 256 until there are so many, or the ranking is that reliable.
+    """An estimate, ``again`` times, from images that come in batches of 512 until there are so many, or the ranking is that reliable.
 
     Every seed has its own 8,192 images, none of which is in the population or in a fixed batch of the first rounds.
     """

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from benchmarks.curvature_cells import MODES
+from benchmarks.curvature_required import LEVEL, newest, probe
 from benchmarks.records import Record
-
-LEVEL = "0.95"
 
 
 def show(records: Sequence[Record]) -> None:
-    """Print every table there are records for."""
+    """Print every table there are records for; of each way, those of the newest code it was measured with."""
+    records = newest(records)
     for depth in sorted({r["depth"] for r in records}):
         print(f"\n### ResNet-{depth}\n")
         mine = [r for r in records if r["depth"] == depth]
@@ -26,32 +26,27 @@ def show(records: Sequence[Record]) -> None:
 
 def _costs(records: Sequence[Record]) -> None:
     cells = {m: [r for r in records if r["mode"] == m and "round" in r] for m in MODES}
-    probe = median(_probe(r) for r in cells["hap"]) if cells["hap"] else float("nan")
+    cost = median(probe(r) for r in cells["hap"]) if cells["hap"] else float("nan")
     memory = median(r["peak"] for r in cells["hap"]) if cells["hap"] else float("nan")
-    whole = probe * median([r["needed"][LEVEL] for r in records if r["mode"] == "hap_extrapolated"] or [float("nan")])
+    whole = cost * median([r["needed"][LEVEL] for r in records if r["mode"] == "hap_extrapolated"] or [float("nan")])
     print(f"HAP's procedure needs {whole:.0f} CPU s for ρ {LEVEL} with the exact value of the same images.\n")
     heads = ("way", "n", "CPU s, one probe or all", "first in its process", "in HAP probes", "HAP to ρ 0.95 takes", "peak above idle, MiB")
     print("|", " | ".join((*heads, "against HAP", "ρ same images", "ρ population")), "|")
     print("|---" * (len(heads) + 3) + "|")
     for mode, rows in cells.items():
         if rows:
-            print("|", " | ".join(_row(mode, rows, (probe, memory, whole))), "|")
+            print("|", " | ".join(_row(mode, rows, (cost, memory, whole))), "|")
 
 
 def _row(mode: str, rows: Sequence[Record], hap: tuple[float, float, float]) -> list[str]:
     """One row, with HAP's seconds a probe, its peak of memory and its seconds for a rank correlation of 0.95."""
-    probe, memory, whole = hap
-    seconds, peak = [_probe(r) for r in rows], [r["peak"] for r in rows]
+    each, memory, whole = hap
+    seconds, peak = [probe(r) for r in rows], [r["peak"] for r in rows]
     ranks = MODES[mode].exact and min(r.get("same", 0) for r in rows) >= float(LEVEL)
     times = f"{whole / median(seconds):,.0f}×" if ranks else "–"
-    cost = [_spread(seconds, ".3g"), format(median(r["steps"][0] for r in rows), ".3g"), f"{median(seconds) / probe:.2f}", times]
+    cost = [_spread(seconds, ".3g"), format(median(r["steps"][0] for r in rows), ".3g"), f"{median(seconds) / each:.2f}", times]
     room = [_spread(peak, ".0f"), f"{100 * (median(peak) / memory - 1):+.0f} %"]
     return [mode, str(len(rows)), *cost, *room, _agreement(rows, "same"), _agreement(rows, "population")]
-
-
-def _probe(record: Record) -> float:
-    """CPU seconds of one probe after the first, or of all there is."""
-    return median(record["steps"][1:] or record["steps"]) / record.get("probes", 1)
 
 
 def _spread(values: Sequence[float], form: str) -> str:

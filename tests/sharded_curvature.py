@@ -5,6 +5,7 @@
 Each process writes what it found to a JSON file of its own in the folder RESULTS.
 """
 
+import faulthandler
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from curvepress.curvature.workers import joined
 from curvepress.objective import Batch
 
 FIRST_ORDER = ("exact", "pairs", "sketch", "monte_carlo_fisher", "empirical_fisher")
+PATIENCE = 200
+"""Seconds after which a process gives up and says what it was doing."""
 SIZES = (7, 3, 6, 4, 5)  # no two processes have as many passes to make, and one has a batch more
 
 
@@ -141,6 +144,7 @@ def refusals(model: nn.Module) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # says where processes wait for each other
     whole = {name: found(kind, kind(), **more) for name, (kind, more) in CASES.items()} | {"resumed": resumed(images())}
     with joined() as team:
         shared = {name: found(kind, kind(), **more) for name, (kind, more) in CASES.items()} | {"resumed": resumed(images())}
@@ -150,6 +154,7 @@ def main(folder: Path) -> None:
         own = sum(p.to_local().numel() for p in models[words].parameters())
         result = {"whole": whole, "shared": shared, "sharded": spread, "refused": refused, "held": own}
         (folder / f"{team.rank}.json").write_text(json.dumps(result))
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

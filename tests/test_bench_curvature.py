@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ from benchmarks import (
     curvature_ours,
     curvature_peers,
     curvature_processes,
+    curvature_required,
     curvature_tables,
     curvature_task,
 )
@@ -283,6 +285,45 @@ def test_tables_of_records(capsys):
     printed = capsys.readouterr().out
     assert "| hap | 2 | 0.5 (0.5–0.5) | 1 | 1.00 | – | 800 (800–800) | +0 % | 0.5000 (0.5000–0.5000) | – |" in printed
     assert "| backpack_exact | 1 | 2 | 2.5 | 4.00 | 250× | 200 | -75 % | 1.0000 | 0.9000 |" in printed
+
+
+def test_required_figures_are_ratios_within_a_round_of_the_newest_code(capsys):
+    def cell(mode, turn, code, seconds, **more):
+        return {
+            "depth": 20,
+            "mode": mode,
+            "round": turn,
+            "code": code,
+            "steps": [9.0, seconds],
+            "peak": 100.0 * seconds,
+            "same": 1.0,
+            **more,
+        }
+
+    old = [cell("exact", r, "old", 50.0) for r in (0, 1, 2)]
+    new = [cell(m, r, "new", s * (r + 1)) for m, s in (("exact", 2.0), ("hap", 10.0), ("curvlinops_exact", 6.0)) for r in (0, 1)]
+    wide = [cell("hessian", 0, "new", 12.0, probes=12), cell("pyhessian", 0, "new", 2.0)]
+    many = [cell("population_1024", 0, "new", 3.0, population=0.98)]
+    two = {"depth": 20, "mode": "processes", "turn": 0, "one": {"wall": 3.0}, "two": {"wall": 2.0}, "difference": 0.0}
+    curvature_required.required([*old, *new, *wide, *many, two, {**EXTRAPOLATED, "needed": {"0.95": 1000}}])
+    printed = capsys.readouterr().out.splitlines()
+    for line in (
+        "CPU time to ρ 0.95 on the same images, HAP against `exact` | ≥ 1,000× | 5,000× (5,000 to 5,000), at ρ ≥ 1.000",
+        "exact trace, in HAP's probes | ≤ 5 | 0.20 (0.20 to 0.20)",
+        "exact trace, curvlinops' exact diagonal against ours | ≥ 2.5× | 3.00 (3.00 to 3.00)",
+        "a Hessian product, ours against PyHessian's | ≤ 1 | 0.50",
+        "peak memory above idle, `exact` against HAP | ≤ -70 % | -80 % (-80 to -80)",
+        "`population_1024`: ranking of the population; CPU s | ρ ≥ 0.97; ≤ 4 | 0.980; 3.00",
+        "two processes against one: wall clock; difference | ≥ 1.7×; 0 | 1.50×; 0e+00",
+    ):
+        assert f"| ResNet-20: {line} |" in printed
+
+
+def test_the_tables_show_the_newest_code_of_each_way():
+    rows = [{"depth": d, "mode": m, "round": 0, "code": c} for d, m, c in ((20, "a", 1), (20, "b", 1), (56, "a", 1), (20, "a", 2))]
+    rest = {"depth": 20, "mode": "equality"}
+    assert curvature_required.newest([*rows, rest]) == [*rows[1:], rest]
+    assert re.fullmatch("[0-9a-f]{8}", curvature.code())
 
 
 def test_extrapolation_has_a_table(task_of_noise, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ STOPS = {
     "seconds": Stop(seconds=1e-9, every=3),
 }
 BATCHES = 7
+LIMIT = 150
+"""Seconds after which processes that wait for each other are ended."""
 
 
 def run(stop: Stop, estimator: str = "pairs", count: int = BATCHES, **options: object) -> curvature.Curvature:
@@ -46,13 +49,52 @@ def work(rank: int, folder: str) -> None:
     np.savez(f"{folder}/resumed {rank}.npz", samples=BATCHES, **dict(run(Stop(), done=done).mean))
     with pytest.raises(ValueError, match="1 batches cannot be shared among 2 processes; use fewer processes or smaller batches"):
         run(Stop(), count=1)
+    for name, (broken, first, last) in FAILURES.items():
+        Path(f"{folder}/{name} {rank}.txt").write_text(failure(rank == broken, first, last))
     distributed.destroy_process_group()
+
+
+FAILURES = {
+    "in the first, before any exchange": (0, 0, 7),
+    "in the second, before any exchange": (1, 1, 7),
+    "in the first, later": (0, 4, 7),
+    "in the second, later": (1, 5, 7),
+    "in the first, when all is known": (0, None, 4),
+    "in the second, when all is known": (1, None, 4),
+}
+"""Which process fails, in which of its samples (None: when it asks for more batches), and how many batches there are."""
+
+
+def failure(broken: bool, sample: int | None, count: int) -> str:
+    """The error that this process ends with."""
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if broken and len(targets) == 5:
+            raise ZeroDivisionError("no loss for five")
+        return F.cross_entropy(outputs, targets)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from (images(4, seed=s, count=5 if s == sample else 3) for s in range(count))
+        if broken:
+            raise ZeroDivisionError("no more batches")
+
+    asked = {"whole": curvature.layer("0.weight")}
+    with pytest.raises((ValueError, ZeroDivisionError)) as told:
+        curvature.estimate(made(CASES["gelu"]), loss, batches(), asked, estimator="pairs", stop=Stop(every=2))
+    return str(told.value)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (str(path),), nprocs=2)
+    running = multiprocessing.spawn(work, (str(path),), nprocs=2, join=False)
+    end = time.monotonic() + LIMIT
+    try:
+        while not running.join(timeout=1):
+            assert time.monotonic() < end, "a process waits for one that has ended"
+    finally:
+        for process in running.processes:
+            process.kill()
     yield path
 
 
@@ -69,6 +111,14 @@ def test_two_processes_find_what_one_finds(folder: Path, name: str) -> None:
             errors = np.load(folder / f"{name} stderr {rank}.npz")
             for measure, values in alone.stderr.items():
                 np.testing.assert_allclose(errors[measure], values, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_in_one_process_fails_in_all(folder: Path, name: str) -> None:
+    broken, sample, _ = FAILURES[name]
+    why = "no more batches" if sample is None else "no loss for five"
+    said = [(folder / f"{name} {rank}.txt").read_text() for rank in range(2)]
+    assert said == [why if rank == broken else f"process {broken} of 2 failed: {why}" for rank in range(2)]
 
 
 def test_samples_are_shared_out_in_turn() -> None:

@@ -23,11 +23,22 @@ TINY = Path(__file__).parent / "tiny_recipe.py"
 SCORES = ("scores.safetensors", "scores.json")
 
 
+LIMIT = 240
+"""Seconds after which what runs under torchrun is ended.  Alone on two cores it takes a tenth of that."""
+
+
 def launched(*args: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """What comes of torchrun with these arguments."""
+    """What comes of torchrun with these arguments.  Out of time, it is asked to end its processes, which would outlive it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            said = running.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            running.terminate()
+            said = running.communicate(timeout=60)
+            pytest.fail(f"torchrun did not end within {LIMIT} s; it said\n{said[0]}\n{said[1]}")
+    return subprocess.CompletedProcess(command, running.returncode, *said)
 
 
 @pytest.fixture(scope="module")

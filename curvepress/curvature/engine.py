@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,7 @@ from .workers import Sample, Workers, workers
 
 MICRO = 32
 """Examples run at a time in full precision: enough for arithmetic to outweigh its administration, few enough for caches."""
-RATE = 0.125
+RATE = 0.08
 """Pairs drawn for each example, at most."""
 
 
@@ -33,10 +34,10 @@ class Stop:
     Attributes:
         samples: at most so many batches.
         examples: no further batch once there are so many examples.
-        seconds: at most so much time, on the clock.
+        seconds: no further batch once so much time has passed on the clock, but two at least.
         reliability: of the ranking of all values by one another, 0 to 1 (see :func:`~.averaging.reliability`).
         stability: of the set of the lowest ``share`` of all values, 0 to 1 (see :func:`~.averaging.stability`).
-        every: samples between two looks at these, and the least number of samples for a look.
+        every: samples between two looks at reliability and stability, and the least number of samples for a look.
     """
 
     samples: int | None = None
@@ -131,7 +132,7 @@ def estimate(
             one independent sample, so there should be several.
         measures: what to ask: :class:`Trace`, :class:`Direction`, :class:`Activation`, by a name of your choice.
         estimator: one of :data:`ESTIMATORS`, or ``auto``: the cheapest unbiased one for this model and loss.
-        precision: one of :data:`PRECISIONS`.
+        precision: one of :data:`PRECISIONS`.  Which pairs are drawn is decided in bfloat16 wherever the device has it (:mod:`.screening`).
         temperature: of the probabilities in the output curvature of a cross-entropy: 1 for the curvature of the loss itself;
             above 1 examples that the model is sure about count more.
         probes: random vectors a batch (``hessian``, ``gauss_newton``, ``controlled``, ``gap``).
@@ -150,10 +151,12 @@ def estimate(
     """
     how = How(named(estimator), temperature, probes, rate, omit, micro or (MICRO if precision == "full" else 2 * MICRO), seed)
     view = view_of(model, measures, displacement or {}, precision)
-    with evaluating(model), torch.enable_grad():
+    team = workers()
+    guard = nullcontext() if sharded(model) else team.together()  # passes of a sharded model are exchanges themselves
+    with evaluating(model), torch.enable_grad(), guard:
         first, batches = first_of(batches)
         setup = prepare(view, loss, first, how)
-        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, workers())
+        keep = _Keeping(setup, decide or (lambda sample: sample), {} if done is None else done, team)
         return _estimated(keep, batches, stop or Stop(), progress or (lambda _: None))
 
 
@@ -206,7 +209,10 @@ def _estimated(keep: _Keeping, batches: Batches, stop: Stop, progress: Callable[
             keep.flush()
             found = keep.all(found, len(sizes))
             trusted = _trusted(found, sizes)
-            reason = _verdict(stop, found, sizes, trusted, team.slowest(time.perf_counter() - started))
+            reason = _verdict(stop, found, sizes, trusted)
+        if not reason and stop.seconds is not None and len(sizes) > 1 and len(sizes) % team.count == 0:
+            late = team.slowest(time.perf_counter() - started) >= stop.seconds
+            reason = f"{stop.seconds:g} seconds were allowed" if late else ""
         if reason:
             break
     if len(sizes) < team.count:
@@ -224,7 +230,7 @@ def _trusted(found: Mapping[int, Sample], sizes: Sequence[int]) -> float | None:
     return reliability(_table(found), np.array(sizes)) if len(found) > 1 else None
 
 
-def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trusted: float | None, seconds: float) -> str:
+def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trusted: float | None) -> str:
     if stop.reliability is not None and trusted is not None and trusted >= stop.reliability:
         return f"reliability {trusted:.3f} reached {stop.reliability}"
     if stop.stability is not None and len(found) > 1:
@@ -233,8 +239,6 @@ def _verdict(stop: Stop, found: Mapping[int, Sample], sizes: Sequence[int], trus
             return f"stability {steady:.3f} of the lowest {stop.share:.0%} reached {stop.stability}"
     if _full(stop, sizes):
         return f"{stop.samples} batches were allowed" if len(sizes) == stop.samples else f"{stop.examples} examples were allowed"
-    if stop.seconds is not None and seconds >= stop.seconds:
-        return f"{stop.seconds:g} seconds were allowed"
     return ""
 
 

@@ -20,8 +20,8 @@ from .recording import Gradients, Pass, Vectors, View, only, recorded
 from .sharding import agreed, in_use, sharded, spans
 from .trees import concatenated, examples, leaves, rows
 
-Column = Callable[[int, int], Vectors]
-"""``(start, stop) -> u`` for the examples of that range, one output vector each."""
+Column = Callable[[int, int, Sequence[Tensor]], Vectors]
+"""``(start, stop, outputs) -> u`` for the examples of that range, one output vector each, where the model returns ``outputs`` for them."""
 TRIAL = 3
 """Examples of the first batch on which the reading of gradients is checked."""
 AGREEMENT = 1e-3
@@ -118,7 +118,7 @@ def examine(view: View, inputs: Any, outputs: Iterable[int] | None) -> Reading:
         u = {i: torch.randn(trial.outputs[i].shape, generator=generator).to(trial.outputs[i]) for i in asked}
         _separate(view, inputs, [trial.outputs[i] for i in asked], asked)
         truth = Tally(view, count)
-        _alone(view, inputs, [u], names, [truth])
+        _alone(view, inputs, [lambda a, b, _: {i: v[a:b] for i, v in u.items()}], names, [truth])
         silent = [n for n in names if n not in truth.sums.squares]
         if silent:
             raise ValueError(f"parameter {silent[0]!r} has no influence on the outputs that the loss reads; leave it out of the measures")
@@ -188,11 +188,11 @@ def squares(view: View, reading: Reading, inputs: Any, columns: Sequence[Column]
         part = rows(inputs, torch.arange(start, stop))
         tallies = [Tally(view, stop - start) for _ in columns]
         with only(view.model, reading.alone):
-            _alone(view, part, [c(start, stop) for c in columns] if reading.alone else [], reading.alone, tallies)
+            _alone(view, part, columns, reading.alone, tallies, start)
         with only(view.model, list(fast)):
             record = recorded(view, part, list(fast), reading.made)
             for column, tally in zip(columns, tallies, strict=True):
-                _together(record, column(start, stop), fast, tally)
+                _together(record, column(start, stop, record.outputs), fast, tally)
         for tally in tallies[:counted] if counts else ():
             sums.add(tally.close())
     return sums
@@ -234,14 +234,15 @@ def _pulled(use: Use, gradients: Tensor, view: View) -> Tensor:
     return torch.stack([torch.autograd.grad([use.edge], [parameter], [g], retain_graph=True)[0] for g in gradients])
 
 
-def _alone(view: View, inputs: Any, columns: Sequence[Vectors], names: Sequence[str], tallies: Sequence[Tally]) -> None:
-    """Each example run by itself: slow, and right for any use of a parameter."""
+def _alone(view: View, inputs: Any, columns: Sequence[Column], names: Sequence[str], tallies: Sequence[Tally], start: int = 0) -> None:
+    """Each example run by itself, from number ``start`` of the columns on: slow, and right for any use of a parameter."""
     for number in range(examples(inputs)) if names else ():
         one = rows(inputs, torch.tensor([number]))
         with torch.enable_grad(), in_use(view.model) as live:
             outputs = leaves(view.run(one))
-        for u, tally in zip(columns, tallies, strict=True):
-            roots = {i: v[number : number + 1].to(outputs[i]) for i, v in u.items() if outputs[i].requires_grad}
+        for column, tally in zip(columns, tallies, strict=True):
+            u = column(start + number, start + number + 1, outputs)
+            roots = {i: v.to(outputs[i]) for i, v in u.items() if outputs[i].requires_grad}
             wanted = [live[n] for n in names]
             if roots:
                 found = torch.autograd.grad([outputs[i] for i in roots], wanted, list(roots.values()), retain_graph=True, allow_unused=True)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from .graph import Use, saved
 
-CHUNK = 1 << 21
-"""Elements of per-example gradients held at a time: 8 MiB, which caches still hold."""
+CHUNK = 1 << 19
+"""Elements of per-example gradients held at a time: 2 MiB, which caches hold, and which the C library keeps for the next ones; what is
+larger it may give back to the system, page by page."""
 WINDOWS = 8
 """Positions for each channel up to which a convolution in bfloat16 is better laid out as windows of its input."""
 

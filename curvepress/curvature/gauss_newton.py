@@ -7,7 +7,7 @@ which output vectors they take.  Each function takes the output curvature of a b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..objective import Batch, Loss, checked_loss
 from .examples import Column, Reading, Sums, squares
 from .outputs import Outputs, output_curvature
 from .recording import Vectors, View
+from .screening import Screen
 from .sharding import spans
 from .trees import concatenated, examples, leaves, mapped, rebuilt, rows
 
@@ -81,7 +82,7 @@ def monte_carlo_fisher(outputs: Outputs, draw: Draw) -> Vectored:
 
 
 def _kth(outputs: Outputs, k: int) -> Column:
-    def column(start: int, stop: int) -> Vectors:
+    def column(start: int, stop: int, _: Sequence[Tensor]) -> Vectors:
         n = torch.arange(start, stop, device=outputs.mass.device)
         return outputs.rows(n, torch.full_like(n, k))
 
@@ -89,7 +90,7 @@ def _kth(outputs: Outputs, k: int) -> Column:
 
 
 def _whole(vectors: Vectors) -> Column:
-    return lambda start, stop: {leaf: u[start:stop] for leaf, u in vectors.items()}
+    return lambda start, stop, _: {leaf: u[start:stop] for leaf, u in vectors.items()}
 
 
 def _chosen(outputs: Outputs, taken: Tensor, weight: Tensor) -> Vectored:
@@ -98,8 +99,10 @@ def _chosen(outputs: Outputs, taken: Tensor, weight: Tensor) -> Vectored:
     width = outputs.mass.shape[1]
     n, k, scale = (i.to(outputs.mass.device) for i in (taken // width, taken % width, weight))
 
-    def column(start: int, stop: int) -> Vectors:
-        found = outputs.rows(n[start:stop], k[start:stop])
+    def column(start: int, stop: int, tensors: Sequence[Tensor]) -> Vectors:
+        own, terms = n[start:stop], k[start:stop]
+        here = outputs.at(own, tensors) if outputs.follows else outputs
+        found = here.rows(torch.arange(len(own), device=n.device) if outputs.follows else own, terms)
         return {leaf: u * scale[start:stop].reshape(-1, *[1] * (u.ndim - 1)) for leaf, u in found.items()}
 
     return taken // width, [column]
@@ -131,6 +134,18 @@ def curvature_of(view: View, loss: Loss, batch: Batch, micro: int, temperature: 
     return output_curvature(loss, pooled(view, batch[0], micro), batch[1], temperature)
 
 
+def screened(view: View, screen: Screen | None, loss: Loss, batch: Batch, micro: int, temperature: float) -> Outputs:
+    """The output curvature of a batch to draw from: by quick passes, if what is drawn can take its own from the passes after."""
+    if screen is not None:
+        with screen.put(view) as quick:
+            made = pooled(quick, batch[0], micro if quick.half == view.half else 2 * micro)
+        if all(bool(torch.isfinite(t).all()) for t in leaves(made)):
+            found = output_curvature(loss, made, batch[1], temperature)
+            if found.follows:
+                return found
+    return curvature_of(view, loss, batch, micro, temperature)
+
+
 def summed(view: View, reading: Reading, batch: Batch, vectored: Vectored, micro: int) -> Sums:
     """Squares of the vectors that an estimator chose."""
     index, columns = vectored
@@ -152,7 +167,7 @@ def empirical(view: View, reading: Reading, loss: Loss, batch: Batch, micro: int
 
 
 def _times(column: Column, scale: float) -> Column:
-    return column if scale == 1 else lambda start, stop: {leaf: u * scale for leaf, u in column(start, stop).items()}
+    return column if scale == 1 else lambda a, b, outputs: {leaf: u * scale for leaf, u in column(a, b, outputs).items()}
 
 
 SCALES = tuple(2.0**k for k in (15, 12, 9, 6, 3, 0, -3, -6, -9))

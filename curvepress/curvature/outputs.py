@@ -7,7 +7,7 @@ its products with random vectors are compared, in double precision, with those o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,16 @@ class Outputs:
             found[leaf] = terms.term(n, torch.where(mine, k - start, 0)) * mine.reshape(-1, *[1] * len(terms.shape))
             start += width
         return found
+
+    @property
+    def follows(self) -> bool:
+        """Whether the curvature at other outputs of the same examples is known too."""
+        return all(t.follows for t in self.terms.values())
+
+    def at(self, n: Tensor, tensors: Sequence[Tensor]) -> Outputs:
+        """The output curvature of examples ``n`` where ``tensors`` is what the model returns for them."""
+        terms = {leaf: t.at(n, tensors[leaf].detach()) for leaf, t in self.terms.items()}
+        return Outputs(terms, torch.cat([t.mass for t in terms.values()], 1))
 
     def each(self, make: Callable[[Terms], Tensor]) -> dict[int, Tensor]:
         """``make(terms)`` for each output tensor."""
@@ -201,7 +211,7 @@ def _softened(terms: Terms, temperature: float) -> Terms:
         return Softmax(terms.logits, terms.dim, terms.weight, temperature)
     if isinstance(terms, Elementwise) and terms.odds is not None:
         soft = terms.odds / temperature
-        return Elementwise(terms.diagonal / spread(terms.odds) * spread(soft), soft)
+        return Elementwise(terms.diagonal / spread(terms.odds) * spread(soft), soft, temperature)
     raise ValueError(f"a loss of the form {terms.form!r} has no temperature, got {temperature}; leave it at 1")
 
 

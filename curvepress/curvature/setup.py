@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from ..objective import Batch, Batches, Loss
 from .estimators import ESTIMATORS, FIRST_ORDER, Estimator, Task, suited
 from .examples import TRIAL, Reading, Sums, examine
-from .gauss_newton import curvature_of
+from .gauss_newton import curvature_of, screened
 from .graph import curved, operation
 from .measures import Activation, Direction, Measure, Part, Trace, by_rows, gathered
 from .outputs import Outputs
 from .recording import View, only, recorded
+from .screening import Screen, screen
 from .sharding import check, sharded, unwrapped, whole
 from .trees import examples, mapped, rows
 from .workers import Sample
@@ -63,6 +65,7 @@ class Setup:
     threshold: float
     notes: tuple[str, ...]
     first: Outputs | None
+    screen: Screen | None
 
     def sample(self, number: int, batch: Batch) -> Sample:
         """One sample of every measure."""
@@ -70,7 +73,7 @@ class Setup:
         batch = mapped(lambda t: t.to(view.device), batch)
         outputs = self.first if number == 0 else None
         if self.estimator.vectors and outputs is None:
-            outputs = curvature_of(view, self.loss, batch, how.micro, how.temperature)
+            outputs = screened(view, self.screen, self.loss, batch, how.micro, how.temperature)
         entropy = np.random.SeedSequence([how.seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         task = Task(view, self.reading, self.loss, batch, outputs, generator, how.probes, how.micro, self.threshold, how.omit)
@@ -152,13 +155,13 @@ def prepare(view: View, loss: Loss, batch: Batch, how: How) -> Setup:
     check(view.model, first_order=how.estimator in ("auto", *FIRST_ORDER), half=view.half)
     batch = mapped(lambda t: t.to(view.device), batch)
     few = rows(batch[0], torch.arange(TRIAL) % examples(batch[0]))
-    estimator, threshold, notes, outputs = how.estimator, 0.0, [], None
+    estimator, threshold, notes, outputs, quick = how.estimator, 0.0, [], None, None
     if estimator == "auto" or ESTIMATORS[estimator].vectors:
-        outputs = curvature_of(view, loss, batch, how.micro, how.temperature)
-        estimator = suited(outputs) if estimator == "auto" else estimator
+        estimator, outputs, quick = _chosen(view, loss, batch, how, few)
         threshold = float(outputs.mass.sum()) / (how.rate * examples(batch[0]))
         reading = examine(view, few, list(outputs.terms))
         notes.append(f"the loss is {outputs.form}")
+        notes += ["pairs are drawn by a first pass in bfloat16, which brings no bias"] if quick and quick.half != view.half else []
     elif estimator == "empirical_fisher":
         reading = examine(view, few, None)
     else:
@@ -173,7 +176,17 @@ def prepare(view: View, loss: Loss, batch: Batch, how: How) -> Setup:
         )
     reading = replace(reading, curved=(*reading.curved, *_joint(view)))
     notes += [f"{n} is read one example at a time" for n in reading.alone]
-    return Setup(view, loss, how, ESTIMATORS[estimator], reading, threshold, tuple(notes), None if sharded(view.model) else outputs)
+    return Setup(view, loss, how, ESTIMATORS[estimator], reading, threshold, tuple(notes), None if sharded(view.model) else outputs, quick)
+
+
+def _chosen(view: View, loss: Loss, batch: Batch, how: How, few: Any) -> tuple[str, Outputs, Screen | None]:
+    """The estimator, the output curvature of the first batch, and how first passes are run where pairs are drawn by them."""
+    quick = screen(view, few) if how.estimator in ("auto", "pairs") and not sharded(view.model) else None
+    outputs = screened(view, quick, loss, batch, how.micro, how.temperature)
+    name = suited(outputs) if how.estimator == "auto" else how.estimator
+    if name == "pairs":
+        return name, outputs, quick if outputs.follows else None
+    return name, outputs if quick is None else curvature_of(view, loss, batch, how.micro, how.temperature), None
 
 
 def _joint(view: View) -> list[str]:

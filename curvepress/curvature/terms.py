@@ -18,11 +18,17 @@ class Terms:
     ``mass`` ``[examples, terms]`` is ``|u|^2``; ``term(n, k)`` gives rows ``[rows, *shape]`` for index vectors ``n`` and
     ``k``; ``sketch`` one row an example whose outer product has the whole sum as its mean; ``drawn`` the gradient at labels
     drawn from the model's own predictive distribution, with the same mean (McAllister & Martens' "true" Fisher).
+    ``follows`` says whether the terms are known at other outputs too, where ``at`` then gives them.
     """
 
     form: str
     mass: Tensor
     shape: tuple[int, ...]
+    follows: bool
+
+    def at(self, n: Tensor, outputs: Tensor) -> Terms:
+        """The terms of examples ``n`` where the model returns ``outputs`` for them."""
+        raise NotImplementedError
 
     def term(self, n: Tensor, k: Tensor) -> Tensor:
         """Terms ``k`` of examples ``n``."""
@@ -46,6 +52,11 @@ class Softmax(Terms):
     weight: Tensor
     temperature: float = 1.0
     form = "softmax cross-entropy"
+    follows = True
+
+    def at(self, n: Tensor, outputs: Tensor) -> Softmax:
+        """See :class:`Terms`."""
+        return Softmax(outputs, self.dim, self.weight[n], self.temperature)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -112,12 +123,24 @@ class Softmax(Terms):
 class Elementwise(Terms):
     """A diagonal curvature ``[examples, *shape]``: squared error, binary cross-entropy and whatever treats outputs one by one.
 
-    ``odds`` holds the logits of a binary cross-entropy.
+    ``odds`` holds the logits of a binary cross-entropy, divided by the ``temperature``.
     """
 
     diagonal: Tensor
     odds: Tensor | None = None
+    temperature: float = 1.0
     form = "separate outputs"
+
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        """Only a binary cross-entropy is known elsewhere."""
+        return self.odds is not None
+
+    def at(self, n: Tensor, outputs: Tensor) -> Elementwise:
+        """See :class:`Terms`."""
+        assert self.odds is not None
+        odds = outputs.double() / self.temperature
+        return Elementwise(self.diagonal[n] / spread(self.odds[n]) * spread(odds), odds, self.temperature)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -156,6 +179,7 @@ class Dense(Terms):
     matrices: Tensor
     shape: tuple[int, ...]
     form = "dense"
+    follows = False
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
