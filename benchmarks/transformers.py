@@ -1,13 +1,14 @@
 """Transformers: heads of MiniLM on SST-2 by every score, its encoder by all dimensions, and a vision transformer against latency.
 
     python -m benchmarks.transformers heads --seeds 0 1     # 20, 40 and 60 % of the heads; resumes
-    python -m benchmarks.transformers encoder               # 60 % of the encoder's parameters, by all dimensions
-    python -m benchmarks.transformers vit                   # all dimensions, MLPs only, heads only, at equal multiply-accumulates
-    python -m benchmarks.transformers latency               # ONNX Runtime, every exported model against its original in turns
+    python -m benchmarks.transformers encoder --seeds 0 1   # 60 % of the encoder's parameters, by all dimensions
+    python -m benchmarks.transformers vit                   # all dimensions, MLPs only, heads only, under latency budgets
+    python -m benchmarks.transformers latency               # ONNX Runtime, pruned classifiers of sentences against the original in turns
     python -m benchmarks.transformers table                 # prints the tables of docs/transformers.md
 
 Accuracy is that of SST-2's dev sentences and of CIFAR-10's test images, at which nothing but these tables looks.  Every model gets the
-same short recovery.  Needs the data of the recipes ``sst2`` and ``cifar10`` (``CURVEPRESS_DATA``) and their trained weights.
+same short recovery; where all dimensions go, it is repaired in closed form first, as ``compress`` does it.  Needs the data of the recipes
+``sst2`` and ``cifar10`` (``CURVEPRESS_DATA``) and their trained weights.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.plan import Plan, tensors_after
 from curvepress.planner import at_most, search
+from curvepress.repairing import repair
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
 from curvepress.surgery import applied
@@ -41,9 +43,10 @@ from curvepress_recipes import cifar10_vit, sst2
 
 HERE, MODELS = Path(__file__).parent / "results", Path("runs/benchmarks/transformers")
 FILE, SPEEDS = HERE / "transformers.jsonl", HERE / "transformers_latency.jsonl"
-METHODS = ("random", "magnitude", "michel", "hessian_trace", "mask_curvature")
-WIDE = ("random", "magnitude", "nvit", "hessian_trace", "mask_curvature")
-"""Scores of all dimensions: Michel's is of heads alone, NViT's of all."""
+METHODS = ("mask_curvature", "michel", "magnitude", "random")
+WIDE = ("mask_curvature", "reconstruction", "michel", "nvit", "magnitude", "random")
+"""Scores of all dimensions.  Michel's and NViT's are those by gradients."""
+ORDER = ("random", "magnitude", "nvit", "michel", "hessian_trace", "mask_curvature", "reconstruction")
 GONE = (0.2, 0.4, 0.6)
 ENCODER, KEPT = "encoder.encoder.", 0.4
 MULTIPLES = {"embedding": 16, "hidden": 16, "query-key": 8, "value": 8}
@@ -107,23 +110,21 @@ def scored(task: Task, method: str, seed: int) -> Scores:
     return load_scores(folder)
 
 
-def measured(task: Task, key: dict[str, Any], plan: Callable[[], Plan]) -> None:
-    """Prune, test, recover, test, export: once."""
-    folder = MODELS / task.name
+def measured(task: Task, key: dict[str, Any], plan: Callable[[], Plan], *, refit: bool = False) -> None:
+    """Prune, test, repair if ``refit``, recover, test: once."""
 
     def row() -> dict[str, Any]:
         NEW.append(key)
         model, _ = original(task)
         made = applied(model, chosen := plan(), task.recipe.example())
-        before = task.recipe.evaluate(made.model, "test")
+        found = {"before": task.recipe.evaluate(made.model, "test")}
+        start = made.model
+        if refit:
+            start = repair(made.model, model, task.recipe.batches("calibration", seed=key["seed"]), chosen).model
+            found["repaired"] = task.recipe.evaluate(start, "test")
         how = {"epochs": 1, "lr": RATES[task.name], "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 1.0, "seed": key["seed"]}
-        small = fit(
-            made.model, task.recipe.loss, task.drawn, teacher=model, distill_weight=0.5, precision=PRECISIONS[task.name], **how
-        ).model
-        folder.mkdir(parents=True, exist_ok=True)
-        if key["seed"] == 0 and key["method"] == "mask_curvature":  # the latency of one plan of each size
-            to_onnx(small, task.recipe.example(), folder / f"{_file(key)}.onnx")
-        return {"before": before, "after": task.recipe.evaluate(small, "test"), "form": made.form, **_sizes(chosen)}
+        small = fit(start, task.recipe.loss, task.drawn, teacher=model, distill_weight=0.5, precision=PRECISIONS[task.name], **how).model
+        return {**found, "after": task.recipe.evaluate(small, "test"), "form": made.form, **_sizes(chosen)}
 
     record = records.once(FILE, {"task": task.name, **key}, row)
     print({**key, "before": record["before"]["accuracy"], "after": record["after"]["accuracy"]}, flush=True)
@@ -173,7 +174,7 @@ def encoder(seeds: list[int], methods: list[str]) -> None:
     for seed in seeds:
         for method in methods or WIDE:
             key = {"what": "encoder", "method": method, "share": KEPT, "seed": seed}
-            measured(TEXT, key, lambda method=method, seed=seed: _smaller_encoder(method, seed))
+            measured(TEXT, key, lambda method=method, seed=seed: _smaller_encoder(method, seed), refit=True)
 
 
 def _smaller_encoder(method: str, seed: int) -> Plan:
@@ -245,8 +246,7 @@ def _print(task: str, what: str, rows: list[records.Record], whole: records.Reco
     share = {"heads": "heads gone", "encoder": "of the encoder's parameters"}.get(what if task == "sst2" else "", "MACs at most")
     print(f"\n{what}:\n\n| {share} | score | seeds | parameters | MACs | pruned, % | recovered, % | latency, batch 1 | batch 16 |")
     print("|---|---|---|---|---|---|---|---|---|")
-    order = (*METHODS, "nvit")
-    for one, method in sorted({(r["share"], r["method"]) for r in rows}, key=lambda k: (k[0], order.index(k[1]))):
+    for one, method in sorted({(r["share"], r["method"]) for r in rows}, key=lambda k: (k[0], ORDER.index(k[1]))):
         own = [r for r in rows if (r["share"], r["method"]) == (one, method)]
         sizes = [f"{mean(r[k] for r in own) / whole[k]:.1%}" for k in ("params", "macs")]
         accuracies = [_spread([r[k]["accuracy"] for r in own]) for k in ("before", "after")]
