@@ -37,7 +37,7 @@ NEW: list[dict[str, Any]] = []
 """How many models this process may measure (0: all), and those that it has."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A recipe, what is drawn for its recovery and how that is done, and a batch to time."""
 
