@@ -45,9 +45,10 @@ from benchmarks.transformers_models import (
 )  # fmt: skip
 from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
+from curvepress.latency import Table
 from curvepress.plan import Plan, from_json
 from curvepress.planner import at_most, search
-from curvepress.stopwatch import met
+from curvepress.stopwatch import cached_table, machine, met
 from curvepress.surgery import applied
 
 METHODS = ("mask_curvature", "michel", "magnitude", "random")
@@ -146,7 +147,7 @@ def vit(seeds: list[int], methods: list[str]) -> None:
 def faster(what: str, method: str, share: float, seed: int) -> Plan:
     """The plan that keeps a budget of latency in ONNX Runtime, batch 1, measured."""
     model, structure = original(VISION)
-    scores, table = scored(VISION, method, seed), latency_table(model, structure)
+    scores, table = scored(VISION, method, seed), _table()
 
     def taken(plan: Plan) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -157,6 +158,11 @@ def faster(what: str, method: str, share: float, seed: int) -> Plan:
     return met(share, lambda aim: search(structure, scores, at_most(latency=aim), **options), taken, table).plan
 
 
+def _table() -> Table:
+    """The vision transformer's, measured once on this machine."""
+    return cached_table(MODELS / VISION.name / "latency.json", machine("onnxruntime", 1, 1), lambda: latency_table(*original(VISION)))
+
+
 def export(seeds: list[int], methods: list[str]) -> None:
     """ONNX files of the originals and of the plans whose latency is told, those of seed 0."""
     for task in (TEXT, VISION):
@@ -165,7 +171,7 @@ def export(seeds: list[int], methods: list[str]) -> None:
         plans = {"original": Plan(structure)}
         if task is TEXT:
             plans |= {f"heads-mask_curvature-{s}-0": fewer_heads("mask_curvature", s, 0) for s in GONE}
-        plans |= {p.stem: from_json(p.read_text()) for p in sorted(folder.glob("*-0.json")) if not p.stem.startswith("heads")}
+        plans |= {p.stem: from_json(p.read_text()) for p in sorted(folder.glob("*-*-*-0.json")) if not p.stem.startswith("heads")}
         for name, plan in plans.items():
             if not (folder / f"{name}.onnx").exists():
                 folder.mkdir(parents=True, exist_ok=True)
