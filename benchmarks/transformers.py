@@ -61,7 +61,7 @@ PER = ("macs", "channel")
 """What a score is divided by before channels are ranked."""
 CUTS = {"all dimensions": (), "MLPs": ("embedding", "head", "query-key", "value"), "heads": ("embedding", "hidden", "query-key", "value")}
 """The kinds of group that stay whole."""
-SHARES = (0.85, 0.7, 0.5)
+SHARES = (0.7, 0.5, 0.85)
 
 
 def recovery(seeds: list[int], methods: list[str]) -> None:
@@ -138,8 +138,8 @@ def vit(seeds: list[int], methods: list[str]) -> None:
         whole = {"what": "all dimensions", "method": "none", "share": 1.0, "seed": seed}
         measured(VISION, whole, lambda: Plan(original(VISION)[1]))
         for method in methods or ("mask_curvature",):
-            for what in CUTS:
-                for share in SHARES:
+            for share in SHARES:
+                for what in CUTS:
                     key = {"what": what, "method": method, "share": share, "seed": seed}
                     measured(VISION, key, lambda key=key: faster(**key), refit=True)
 

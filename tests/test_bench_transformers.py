@@ -63,3 +63,11 @@ def test_the_table_has_means_and_spreads(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert "**sst2**: 91.00 %, 100 parameters, 2.0 M MACs" in lines
     assert "| 60% | michel | 2 | 50.0% | 50.0% | 70.00 ± 0.00 | – | 81.00 ± 1.00 | 0.75 (0.70–0.80) | 0.65 (0.60–0.70) |" in lines
+
+
+def test_the_documentation_has_the_tables_of_the_records(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_table, "FILE", models.FILE)
+    monkeypatch.setattr(transformers_table, "SPEEDS", models.SPEEDS)
+    transformers_table.table()
+    page = (Path(models.__file__).parent.parent / "docs" / "transformers.md").read_text()
+    assert capsys.readouterr().out.strip() in page
