@@ -98,8 +98,9 @@ def encoder(seeds: list[int], methods: list[str]) -> None:
     """All dimensions, until 60 % of the encoder's parameters are gone."""
     for seed in seeds:
         for method in methods or WIDE:
-            key = {"what": "encoder", "method": method, "share": KEPT, "seed": seed}
-            measured(TEXT, key, lambda method=method, seed=seed: smaller_encoder(method, seed, chosen(method)), refit=True)
+            for what, refit in (("encoder", True), ("encoder, not repaired", False)):
+                key = {"what": what, "method": method, "share": KEPT, "seed": seed}
+                measured(TEXT, key, lambda method=method, seed=seed: smaller_encoder(method, seed, chosen(method)), refit=refit)
 
 
 def chosen(method: str) -> str:
@@ -168,7 +169,8 @@ def export(seeds: list[int], methods: list[str]) -> None:
     for task in (TEXT, VISION):
         model, structure = original(task)
         folder = MODELS / task.name
-        plans = {p.stem: from_json(p.read_text()) for p in sorted(folder.glob("*-mask_curvature-*-0.json"))}
+        files = [p for p in sorted(folder.glob("*-mask_curvature-*-0.json")) if not p.stem.startswith("encoder,")]
+        plans = {p.stem: from_json(p.read_text()) for p in files}
         for name, plan in {"original": Plan(structure), **plans}.items():
             if not (folder / f"{name}.onnx").exists():
                 to_onnx(applied(model, plan, task.recipe.example()).model, task.recipe.example(), folder / f"{name}.onnx")

@@ -11,7 +11,11 @@ from benchmarks import records
 from benchmarks.transformers_models import FILE, SPEEDS, file_of
 
 ORDER = ("none", "random", "magnitude", "nvit", "michel", "hessian_trace", "mask_curvature", "reconstruction")
-HEADINGS = {"heads": "heads gone", "encoder": "of the encoder's parameters"}
+HEADINGS = {
+    "heads": "heads gone",
+    "encoder": "of the encoder's parameters",
+    "encoder, not repaired": "of the encoder's parameters, not repaired",
+}
 STAGES = ("before", "repaired", "after")
 Speeds = dict[tuple[str, str], Any]
 
@@ -23,7 +27,7 @@ def table() -> None:
     for task, whole in wholes.items():
         own = [r for r in rows if r["task"] == task]
         print(f"\n**{task}**: {whole['after']['accuracy']:.2f} %, {whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M MACs")
-        for heading in ("heads", "encoder") if task == "sst2" else ("latency at most",):
+        for heading in HEADINGS if task == "sst2" else ("latency at most",):
             some = [r for r in own if "method" in r and "share" in r and (task != "sst2" or r["what"] == heading)]
             if some:
                 _print(HEADINGS.get(heading, heading), some, whole, speeds)
