@@ -136,13 +136,13 @@ def smaller_encoder(method: str, seed: int, per: str) -> Plan:
 def vit(seeds: list[int], methods: list[str]) -> None:
     """Which dimensions may go under latency budgets; and the same recovery of the whole model."""
     for seed in seeds:
-        whole = {"what": "all dimensions", "method": "none", "share": 1.0, "seed": seed}
-        measured(VISION, whole, lambda: Plan(original(VISION)[1]))
         for method in methods or ("mask_curvature",):
             for share in SHARES:
                 for what in CUTS:
                     key = {"what": what, "method": method, "share": share, "seed": seed}
                     measured(VISION, key, lambda key=key: faster(**key), refit=True)
+        whole = {"what": "all dimensions", "method": "none", "share": 1.0, "seed": seed}
+        measured(VISION, whole, lambda: Plan(original(VISION)[1]))
 
 
 def faster(what: str, method: str, share: float, seed: int) -> Plan:
