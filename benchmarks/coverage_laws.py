@@ -29,6 +29,10 @@ TOLERANCE = 1e-9
 """Of the largest output, in float64."""
 
 
+ONE = "all coupled into one channel"
+"""Where shuffles between groups meet other groups than before, nothing less than all can go."""
+
+
 def measure(name: str) -> Record:
     """The record of a model: groups, frozen ones, the share that can be cut, and the law for random plans and the smallest one."""
     case = make(name)
@@ -56,6 +60,7 @@ def described(structure: Structure) -> Record:
         count = kinds.setdefault(group.kind, [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + group.size
     frozen = [[g.name, g.size, g.frozen] for g in structure.groups if g.frozen and g.size > 1]
+    frozen += [[g.name, 1, ONE] for g in structure.groups if g.kind == "channel_in_group" and g.size == 1]
     return {"params": whole, "kinds": kinds, "frozen": frozen, "cut": 1 - cost(smallest(structure)).params / whole}
 
 

@@ -19,6 +19,7 @@ SHORT = (
     ("runs over it", "positions"),
     ("spatial dimension", "positions"),
     ("no rule", "no rule"),
+    ("all coupled", "all coupled into one channel"),
 )
 """Beginnings or ends of reasons, and what the table calls them."""
 

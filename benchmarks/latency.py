@@ -66,9 +66,9 @@ def _predicted(depth: int) -> Iterator[dict[str, float]]:
     model = recipe.model(depth=depth)
     structure, rng = trace(model, recipe.example()), np.random.default_rng(0)
     plans = [_random(structure, rng, *PLANS[n % len(PLANS)]) for n in range(10)]
-    table = _table(model, structure)
+    table = latency_table(model, structure)
     with tempfile.TemporaryDirectory() as folder:
-        whole, *seconds = _raced([_made(model, p) for p in (Plan(structure), *plans)], folder)
+        whole, *seconds = raced([made(model, p) for p in (Plan(structure), *plans)], folder)
     before = cost(Plan(structure), table)
     for plan, taken in zip(plans, seconds, strict=True):
         now = cost(plan, table)
@@ -85,20 +85,22 @@ def _here() -> Machine:
     return machine(RUNTIME, 1, 1)
 
 
-def _table(model: nn.Module, structure: Structure) -> Table:
+def latency_table(model: nn.Module, structure: Structure) -> Table:
     """As the command line makes it: the layers, and what three models of even widths take besides."""
     table = measured_table(layers_of(model, recipe.example()), structure.tensors, _here())
     plans = [Plan(structure, {g.name: tuple(range(max(1, g.size // part))) for g in structure.free}) for part in (1, 2, 4)]
     with tempfile.TemporaryDirectory() as folder:
-        seconds = _raced([_made(model, p) for p in plans], folder)
+        seconds = raced([made(model, p) for p in plans], folder)
     return calibrated(table, list(zip(map(tensors_after, plans), seconds, strict=True)))
 
 
-def _made(model: nn.Module, plan: Plan) -> nn.Module:
+def made(model: nn.Module, plan: Plan) -> nn.Module:
+    """The pruned model, in evaluation mode."""
     return apply(model, plan, recipe.example()).eval()
 
 
-def _raced(models: Sequence[nn.Module], folder: str) -> list[float]:
+def raced(models: Sequence[nn.Module], folder: str) -> list[float]:
+    """Seconds of each model for one image, in turns."""
     runtime = RUNTIMES[RUNTIME]
     prepared = [runtime.prepare(m, (recipe.example(),), Path(folder)) for m in models]
     return runtime.race(prepared, (recipe.example()[:1],), 1)
@@ -112,11 +114,11 @@ def budgets(depth: int) -> None:
     model = recipe.model(depth=depth)
     structure = trace(model, recipe.example())
     scores = score(model, recipe.loss, recipe.batches("calibration"), structure, method="taylor", samples=8)
-    table = _table(model, structure)
+    table = latency_table(model, structure)
 
     def measure(plan: Plan) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
-            whole, small = _raced([model, _made(model, plan)], folder)
+            whole, small = raced([model, made(model, plan)], folder)
         return small, whole
 
     def measured(share: float) -> dict[str, Any]:

@@ -1,280 +1,217 @@
 """Transformers: heads of MiniLM on SST-2 by every score, its encoder by all dimensions, and a vision transformer against latency.
 
+    python -m benchmarks.transformers recovery              # which recovery suits the validation phrases
     python -m benchmarks.transformers heads --seeds 0 1     # 20, 40 and 60 % of the heads; resumes
-    python -m benchmarks.transformers encoder               # 60 % of the encoder's parameters, by all dimensions
-    python -m benchmarks.transformers vit                   # all dimensions, MLPs only, heads only, at equal multiply-accumulates
-    python -m benchmarks.transformers latency               # ONNX Runtime, every exported model against its original in turns
-    python -m benchmarks.transformers table                 # prints the tables of docs/transformers.md
+    python -m benchmarks.transformers encoder --seeds 0 1   # 60 % of the encoder's parameters, by all dimensions
+    python -m benchmarks.transformers vit                   # all dimensions, MLPs only, heads only, under latency budgets
+    python -m benchmarks.transformers export                # ONNX files of what was measured, of seed 0
+    python -m benchmarks.transformers latency               # ONNX Runtime, all of them in turns; leave the machine alone
+    python -m benchmarks.transformers table                 # prints the tables of docs/transformers.md; plot draws its figure
 
 Accuracy is that of SST-2's dev sentences and of CIFAR-10's test images, at which nothing but these tables looks.  Every model gets the
-same short recovery.  Needs the data of the recipes ``sst2`` and ``cifar10`` (``CURVEPRESS_DATA``) and their trained weights.
+same short recovery; where all dimensions go, it is repaired in closed form first, as ``compress`` does it.  Needs the data of the recipes
+``sst2`` and ``cifar10`` (``CURVEPRESS_DATA``) and their trained weights.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from math import prod
+import tempfile
+from itertools import product
 from pathlib import Path
-from statistics import mean
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from benchmarks import records
-from curvepress.artifacts import load_scores, save_scores
+from benchmarks import records, transformers_table
+from benchmarks.latency import latency_table, made, raced
+from benchmarks.transformers_models import (
+    FILE,
+    LIMIT,
+    MODELS,
+    SPEEDS,
+    TEXT,
+    VISION,
+    Task,
+    kinds,
+    measured,
+    original,
+    recovered,
+    repaired,
+    scored,
+    sizes,
+)  # fmt: skip
 from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
-from curvepress.plan import Plan, tensors_after
+from curvepress.latency import Table
+from curvepress.plan import Plan, from_json
 from curvepress.planner import at_most, search
-from curvepress.scores import Scores, score
-from curvepress.structure import Structure
+from curvepress.stopwatch import cached_table, machine, met
 from curvepress.surgery import applied
-from curvepress.tracing import trace
-from curvepress.training import fit
-from curvepress_recipes import cifar10_vit, sst2
 
-HERE, MODELS = Path(__file__).parent / "results", Path("runs/benchmarks/transformers")
-FILE, SPEEDS = HERE / "transformers.jsonl", HERE / "transformers_latency.jsonl"
-METHODS = ("random", "magnitude", "michel", "hessian_trace", "mask_curvature")
-WIDE = ("random", "magnitude", "nvit", "hessian_trace", "mask_curvature")
-"""Scores of all dimensions: Michel's is of heads alone, NViT's of all."""
+METHODS = ("mask_curvature", "michel", "magnitude", "random")
+WIDE = ("mask_curvature", "reconstruction", "michel", "nvit", "magnitude", "random")
+"""Scores of all dimensions.  Michel's and NViT's are those by gradients."""
 GONE = (0.2, 0.4, 0.6)
-ENCODER, KEPT = "encoder.encoder.", 0.4
+KEPT = 0.4
 MULTIPLES = {"embedding": 16, "hidden": 16, "query-key": 8, "value": 8}
-SAMPLES = 16
+PER = ("macs", "channel")
+"""What a score is divided by before channels are ranked."""
 CUTS = {"all dimensions": (), "MLPs": ("embedding", "head", "query-key", "value"), "heads": ("embedding", "hidden", "query-key", "value")}
-SHARES = (0.85, 0.7, 0.5)
-LIMIT: dict[str, int] = {"models": 0}
-NEW: list[dict[str, Any]] = []
-"""How many models this process may measure (0: all), and those that it has."""
-LENGTH = 32
-"""Words of the sentences whose latency is measured."""
+"""The kinds of group that stay whole."""
+SHARES = (0.7, 0.5, 0.85)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A recipe, what is drawn for its recovery, and a batch to time."""
-
-    recipe: ModuleType
-    drawn: Callable[[int], Any]
-    timed: Callable[[], Any]
-
-    @property
-    def name(self) -> str:
-        """The recipe's name."""
-        return self.recipe.__name__.rpartition(".")[2]
-
-
-def _images(seed: int) -> Any:
-    """6,400 training images, augmented."""
-    return [b for b, _ in zip(cifar10_vit.batches("train", seed), range(50), strict=False)]
-
-
-def _sentence() -> dict[str, Tensor]:
-    ids = torch.arange(1000, 1000 + LENGTH)[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-TEXT = Task(sst2, lambda seed: sst2.batches("train", seed, examples=1600), _sentence)
-VISION = Task(cifar10_vit, _images, cifar10_vit.example)
-
-
-@cache
-def original(task: Task) -> tuple[nn.Module, Structure]:
-    """The trained model, its structure; its own figures are recorded."""
-    model = task.recipe.model()
-    structure = trace(model, task.recipe.example())
-    records.once(
-        FILE, {"task": task.name, "what": "original"}, lambda: {"after": task.recipe.evaluate(model, "test"), **_sizes(Plan(structure))}
-    )
-    return model, structure
-
-
-def scored(task: Task, method: str, seed: int) -> Scores:
-    """The scores of every channel, kept in a folder."""
-    model, structure = original(task)
-    folder = MODELS / f"{task.name}-{method}-{seed}"
-    if not (folder / "scores.json").exists():
-        batches = task.recipe.batches("calibration", seed=seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_scores(score(model, task.recipe.loss, batches, structure, method=method, samples=SAMPLES, seed=seed), folder)
-    return load_scores(folder)
-
-
-def measured(task: Task, key: dict[str, Any], plan: Callable[[], Plan]) -> None:
-    """Prune, test, recover, test, export: once."""
-    folder = MODELS / task.name
-
-    def row() -> dict[str, Any]:
-        NEW.append(key)
-        model, _ = original(task)
-        made = applied(model, chosen := plan(), task.recipe.example())
-        before = task.recipe.evaluate(made.model, "test")
-        how = {"epochs": 1, "lr": RATES[task.name], "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 1.0, "seed": key["seed"]}
-        small = fit(
-            made.model, task.recipe.loss, task.drawn, teacher=model, distill_weight=0.5, precision=PRECISIONS[task.name], **how
-        ).model
-        folder.mkdir(parents=True, exist_ok=True)
-        if key["seed"] == 0 and key["method"] == "mask_curvature":  # the latency of one plan of each size
-            to_onnx(small, task.recipe.example(), folder / f"{_file(key)}.onnx")
-        return {"before": before, "after": task.recipe.evaluate(small, "test"), "form": made.form, **_sizes(chosen)}
-
-    record = records.once(FILE, {"task": task.name, **key}, row)
-    print({**key, "before": record["before"]["accuracy"], "after": record["after"]["accuracy"]}, flush=True)
-    if 0 < LIMIT["models"] <= len(NEW):
-        raise SystemExit(f"{len(NEW)} models measured; the same command goes on")
-
-
-RATES = {"sst2": 5e-5, "cifar10_vit": 5e-4}
-PRECISIONS = {"sst2": "bfloat16", "cifar10_vit": "full"}
-
-
-def _file(key: dict[str, Any]) -> str:
-    return "-".join(str(key[k]).replace(" ", "_") for k in ("what", "method", "share"))
-
-
-def _sizes(plan: Plan) -> dict[str, Any]:
-    tensors = tensors_after(plan)
-    encoder = sum(prod(t.shape) for n, t in tensors.items() if n.startswith(ENCODER) and t.kind == "parameter")
-    left = {k: [len(plan.keep.get(g.name, range(g.size))) for g in plan.structure.free if g.kind == k] for k in _kinds(plan.structure)}
-    return {**vars(cost(plan)), "encoder": encoder, "left": left}
-
-
-def _kinds(structure: Structure) -> list[str]:
-    return sorted({g.kind for g in structure.free})
+def recovery(seeds: list[int], methods: list[str]) -> None:
+    """What validation says of recoveries, 60 % of the heads gone by ``mask_curvature``; the best is what all models get."""
+    small = applied(original(TEXT)[0], fewer_heads("mask_curvature", 0.6, 0), TEXT.recipe.example()).model
+    for lr, weight in product((2e-5, 5e-5, 1e-4), (0.5, 0.9)):
+        key = {"task": TEXT.name, "what": "recovery", "lr": lr, "distill": weight}
+        found = lambda lr=lr, weight=weight: recovered(TEXT, small, 0, lr=lr, distill_weight=weight)  # noqa: E731
+        record = records.once(FILE, key, lambda found=found: {"validation": TEXT.recipe.evaluate(found(), "validation")})
+        print({**key, **record["validation"]}, flush=True)
 
 
 def heads(seeds: list[int], methods: list[str]) -> None:
     """Shares of all heads, the lowest scores first; one of each layer stays."""
     for seed in seeds:
+        measured(TEXT, {"what": "heads", "method": "none", "share": 0.0, "seed": seed}, lambda: Plan(original(TEXT)[1]))
         for share in GONE[::-1]:
             for method in methods or METHODS:
                 key = {"what": "heads", "method": method, "share": share, "seed": seed}
-                measured(TEXT, key, lambda method=method, share=share, seed=seed: _fewer_heads(method, share, seed))
+                measured(TEXT, key, lambda method=method, share=share, seed=seed: fewer_heads(method, share, seed))
 
 
-def _fewer_heads(method: str, share: float, seed: int) -> Plan:
+def fewer_heads(method: str, share: float, seed: int) -> Plan:
+    """The plan without so many of all heads."""
     _, structure = original(TEXT)
     groups = [g for g in structure.free if g.kind == "head"]
     whole = cost(Plan(structure)).params
     one = whole - cost(Plan(structure, {groups[0].name: tuple(range(1, groups[0].size))})).params
     budget = at_most(params=whole - round(share * sum(g.size for g in groups)) * one)
-    return search(structure, scored(TEXT, method, seed), budget, floor=0, whole=[k for k in _kinds(structure) if k != "head"])
+    return search(structure, scored(TEXT, method, seed), budget, floor=0, whole=[k for k in kinds(structure) if k != "head"])
 
 
 def encoder(seeds: list[int], methods: list[str]) -> None:
     """All dimensions, until 60 % of the encoder's parameters are gone."""
     for seed in seeds:
         for method in methods or WIDE:
-            key = {"what": "encoder", "method": method, "share": KEPT, "seed": seed}
-            measured(TEXT, key, lambda method=method, seed=seed: _smaller_encoder(method, seed))
+            for what, refit in (("encoder", True), ("encoder, not repaired", False)):
+                key = {"what": what, "method": method, "share": KEPT, "seed": seed}
+                measured(TEXT, key, lambda method=method, seed=seed: smaller_encoder(method, seed, chosen(method)), refit=refit)
 
 
-def _smaller_encoder(method: str, seed: int) -> Plan:
+def chosen(method: str) -> str:
+    """What this score is divided by: what gives the better accuracy on validation phrases after repair, of seed 0."""
+
+    def right(per: str) -> float:
+        key = {"task": TEXT.name, "what": "choice", "method": method, "per": per}
+        return records.once(FILE, key, lambda: {"validation": _validated(smaller_encoder(method, 0, per))})["validation"]["accuracy"]
+
+    return max(PER, key=right)
+
+
+def _validated(plan: Plan) -> dict[str, float]:
+    small = applied(original(TEXT)[0], plan, TEXT.recipe.example()).model
+    return TEXT.recipe.evaluate(repaired(TEXT, small, plan, 0), "validation")
+
+
+def smaller_encoder(method: str, seed: int, per: str) -> Plan:
     """The first plan, as its multiply-accumulates fall, whose encoder has few enough parameters.
 
-    Worth is per multiply-accumulate, which the table of words has none of: it is no part of the encoder.
+    The table of words has no multiply-accumulates: it is no part of the encoder.
     """
     _, structure = original(TEXT)
-    scores, whole = scored(TEXT, method, seed), _sizes(Plan(structure))["encoder"]
+    scores, whole = scored(TEXT, method, seed), sizes(Plan(structure))["encoder"]
+    plans = lambda share: search(structure, scores, at_most(macs=share), per=per, multiple=MULTIPLES, aligned=True)  # noqa: E731
     low, high = 0.05, 0.7
     while high - low > 0.005:
         middle = (low + high) / 2
-        plan = search(structure, scores, at_most(macs=middle), per="macs", multiple=MULTIPLES, aligned=True)
-        low, high = (middle, high) if _sizes(plan)["encoder"] <= KEPT * whole else (low, middle)
-    return search(structure, scores, at_most(macs=low), per="macs", multiple=MULTIPLES, aligned=True)
+        low, high = (middle, high) if sizes(plans(middle))["encoder"] <= KEPT * whole else (low, middle)
+    return plans(low)
 
 
 def vit(seeds: list[int], methods: list[str]) -> None:
-    """Which dimensions may go, at equal multiply-accumulates, as far as each goes."""
-    _, structure = original(VISION)
-    for method in methods or ("mask_curvature",):
-        for what, whole in CUTS.items():
+    """Which dimensions may go under latency budgets; and the same recovery of the whole model."""
+    for seed in seeds:
+        for method in methods or ("mask_curvature",):
             for share in SHARES:
-                options: dict[str, Any] = {"per": "macs", "whole": whole, "multiple": {"embedding": 8, "hidden": 16}, "aligned": True}
-                for seed in seeds:
+                for what in CUTS:
                     key = {"what": what, "method": method, "share": share, "seed": seed}
-                    try:
-                        search(structure, scored(VISION, method, seed), at_most(macs=share), **options)
-                    except ValueError as error:
-                        print(f"{key}: {error}", flush=True)
-                        continue
-                    plan = lambda m=method, s=share, n=seed, o=options: search(structure, scored(VISION, m, n), at_most(macs=s), **o)  # noqa: E731
-                    measured(VISION, key, plan)
+                    measured(VISION, key, lambda key=key: faster(**key), refit=True)
+        whole = {"what": "all dimensions", "method": "none", "share": 1.0, "seed": seed}
+        measured(VISION, whole, lambda: Plan(original(VISION)[1]))
+
+
+def faster(what: str, method: str, share: float, seed: int) -> Plan:
+    """The plan that keeps a budget of latency in ONNX Runtime, batch 1, measured."""
+    model, structure = original(VISION)
+    scores, table = scored(VISION, method, seed), _table()
+
+    def taken(plan: Plan) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, small = raced([model, made(model, plan)], folder)
+        return small, whole
+
+    options: dict[str, Any] = {"per": "latency", "table": table, "whole": CUTS[what]}
+    return met(share, lambda aim: search(structure, scores, at_most(latency=aim), **options), taken, table).plan
+
+
+def _table() -> Table:
+    """The vision transformer's, measured once on this machine."""
+    return cached_table(MODELS / VISION.name / "latency.json", machine("onnxruntime", 1, 1), lambda: latency_table(*original(VISION)))
+
+
+def export(seeds: list[int], methods: list[str]) -> None:
+    """ONNX files of the originals and of the plans by curvature, those of seed 0; in ONNX Runtime only widths count."""
+    for task in (TEXT, VISION):
+        model, structure = original(task)
+        folder = MODELS / task.name
+        files = [p for p in sorted(folder.glob("*-mask_curvature-*-0.json")) if not p.stem.startswith("encoder,")]
+        plans = {p.stem: from_json(p.read_text()) for p in files}
+        for name, plan in {"original": Plan(structure), **plans}.items():
+            if not (folder / f"{name}.onnx").exists():
+                to_onnx(applied(model, plan, task.recipe.example()).model, task.recipe.example(), folder / f"{name}.onnx")
+            print(task.name, name, flush=True)
 
 
 def latency(seeds: list[int], methods: list[str]) -> None:
-    """Every exported model against its original, interleaved on one thread, batch 1 and 16."""
+    """Every exported model against its original, all in turns on one thread, batch 1 and 16."""
     for task in (TEXT, VISION):
-        folder = MODELS / task.name
-        for path in sorted(folder.glob("*-*.onnx")):
-            whole = folder / "original.onnx"
-            if not whole.exists():
-                to_onnx(original(task)[0], task.recipe.example(), whole)
-            records.once(
-                SPEEDS, {"task": task.name, "model": path.stem}, lambda task=task, path=path, whole=whole: _raced(task, whole, path)
-            )
-            print(task.name, path.stem, flush=True)
+        paths = {p.stem: p for p in sorted((MODELS / task.name).glob("*.onnx"), key=lambda p: (p.stem != "original", p.stem))}
+        known = {r["model"] for r in records.read(SPEEDS) if r["task"] == task.name}
+        if paths.keys() - known - {"original"}:
+            for name, row in _raced(task, paths).items():
+                records.once(SPEEDS, {"task": task.name, "model": name}, lambda row=row: row)
 
 
-def _raced(task: Task, whole: Path, path: Path) -> dict[str, Any]:
-    example = tree_map(Tensor.numpy, task.timed())
-    found = compare_latency({"original": whole, "small": path}, example, batches=(1, 16), seconds=6.0)
-    return {f"{t.name}{t.batch}": t.wall.median for t in found} | {
-        f"ratio{t.batch}": [t.ratio.low, t.ratio.median, t.ratio.high] for t in found if t.name == "small"
-    }
+def _raced(task: Task, paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {name: {} for name in paths}
+    for t in compare_latency(paths, tree_map(Tensor.numpy, task.timed()), batches=(1, 16), seconds=110.0):
+        found[t.name] |= {f"ms{t.batch}": t.wall.median, f"ratio{t.batch}": [t.ratio.low, t.ratio.median, t.ratio.high]}
+    return found
 
 
-def table(seeds: list[int], methods: list[str]) -> None:
-    """Print the tables in Markdown."""
-    rows, speeds = records.read(FILE), {(r["task"], r["model"]): r for r in records.read(SPEEDS)}
-    wholes = {r["task"]: r for r in rows if r["what"] == "original"}
-    for task, whole in wholes.items():
-        print(f"\n**{task}**: {whole['after']['accuracy']:.2f} %, {whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M MACs")
-        for what in dict.fromkeys(r["what"] for r in rows if r["task"] == task and r["what"] != "original"):
-            _print(task, what, [r for r in rows if (r["task"], r["what"]) == (task, what)], whole, speeds)
-
-
-def _print(task: str, what: str, rows: list[records.Record], whole: records.Record, speeds: dict[tuple[str, str], Any]) -> None:
-    share = {"heads": "heads gone", "encoder": "of the encoder's parameters"}.get(what if task == "sst2" else "", "MACs at most")
-    print(f"\n{what}:\n\n| {share} | score | seeds | parameters | MACs | pruned, % | recovered, % | latency, batch 1 | batch 16 |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    order = (*METHODS, "nvit")
-    for one, method in sorted({(r["share"], r["method"]) for r in rows}, key=lambda k: (k[0], order.index(k[1]))):
-        own = [r for r in rows if (r["share"], r["method"]) == (one, method)]
-        sizes = [f"{mean(r[k] for r in own) / whole[k]:.1%}" for k in ("params", "macs")]
-        accuracies = [_spread([r[k]["accuracy"] for r in own]) for k in ("before", "after")]
-        raced = speeds.get((task, _file({**own[0]})))
-        times = [_quartiles(raced[f"ratio{b}"]) if raced else "–" for b in (1, 16)]
-        print(" | ".join(["", f"{one:.0%}", method, str(len(own)), *sizes, *accuracies, *times, ""]).strip())
-
-
-def _quartiles(ratio: list[float]) -> str:
-    return f"{ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})"
-
-
-def _spread(values: list[float]) -> str:
-    half = (max(values) - min(values)) / 2
-    return f"{mean(values):.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
+WHAT = {"recovery": recovery, "heads": heads, "encoder": encoder, "vit": vit, "export": export, "latency": latency}
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("heads", "encoder", "vit", "latency", "table"))
+    parser.add_argument("what", choices=(*WHAT, "table", "plot"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--models", type=int, default=0, help="measure so many at most in this process; 0 is all")
+    parser.add_argument("--out", type=Path, default=Path("docs/transformers.png"))
     given = parser.parse_args()
     LIMIT["models"] = given.models
     torch.set_num_threads(1)
-    {"heads": heads, "encoder": encoder, "vit": vit, "latency": latency, "table": table}[given.what](given.seeds, given.methods)
+    if given.what in WHAT:
+        WHAT[given.what](given.seeds, given.methods)
+    else:
+        {"table": transformers_table.table, "plot": lambda: transformers_table.plot(given.out)}[given.what]()
 
 
 if __name__ == "__main__":

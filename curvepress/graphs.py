@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import warnings
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def _exported(model: nn.Module, example: tuple[Any, ...], *, lengths: bool) -> A
         return {0: torch.export.Dim.DYNAMIC, **dict.fromkeys(further, torch.export.Dim.AUTO)}
 
     shapes = _by_name(model, *torch.utils._pytree.tree_map(free, (positional, named)))
-    with quiet_evaluation(model), torch.no_grad(), warnings.catch_warnings():
+    with quiet_evaluation(model), torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the graph up to an error
         warnings.simplefilter("ignore")
         return torch.export.export(model, positional, named, dynamic_shapes=shapes).module()
 

@@ -26,6 +26,8 @@ log = logging.getLogger("curvepress")
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest accepted difference from the masked original, relative to its largest output; 2e-2 for half precision."""
+SPELLED = 4
+"""Names in one message."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,44 @@ def applied(model: nn.Module, plan: Plan, *example: Any) -> Applied:
     wanted = masked(model, plan, example, trace, gone)
     trouble = "has code that runs the branches that are left out"
     if not plan.skip:
-        small = sliced(model, plan)
-        mend(small, _widths_left(trace, gone, seen))
+        small = _in_place(model, plan, trace, gone, seen)
         if not (trouble := _disagreement(small, example, wanted)):
             return Applied(small, "module")
-    graph = rewrite(model, plan, example)
-    if still := _disagreement(graph, example, wanted):
-        raise ValueError(f"the plan cannot be applied: sliced in place the model {trouble}; rewritten as a graph it {still}")
+    try:
+        graph = rewrite(model, plan, example)
+        still = _disagreement(graph, example, wanted)
+    except ValueError as error:
+        still = f"cannot be made: {error}"
+    if still:
+        where = _in_the_way(model, plan, example, trace, seen)
+        raise ValueError(f"the plan cannot be applied: cut in {where}, the model {trouble}; rewritten as a graph it {still}")
     return Applied(graph, "graph", trouble)
+
+
+def _in_place(model: nn.Module, plan: Plan, trace: Trace, gone: np.ndarray, seen: Watched) -> nn.Module:
+    """The sliced module with the widths mended that its code repeats; not verified."""
+    small = sliced(model, plan)
+    mend(small, _widths_left(trace, gone, seen))
+    return small
+
+
+def _in_the_way(model: nn.Module, plan: Plan, example: tuple[Any, ...], trace: Trace, seen: Watched) -> str:
+    """The weights whose channels the model's own code does not let go, one group at a time, and what to do about them."""
+    if plan.skip:
+        return f"{', '.join(plan.skip)}, which {'is' if len(plan.skip) == 1 else 'are'} left out"
+    found = []
+    for group in (g for g in plan.structure.groups if g.name in plan.keep):
+        alone = Plan(plan.structure, {group.name: plan.keep[group.name]})
+        gone = atoms_lost(trace, alone, model_tensors(model))
+        wanted = masked(model, alone, example, trace, gone)
+        if _disagreement(_in_place(model, alone, trace, gone, seen), example, wanted):
+            found.append(group)
+    found = found or [g for g in plan.structure.groups if g.name in plan.keep]
+    more = f" and {len(found) - SPELLED} more" if len(found) > SPELLED else ""
+    names = ", ".join(g.producers()[0].tensor for g in found[:SPELLED]) + more
+    attended = any(g.kind in ("query-key", "value") for g in found)
+    advice = "leave their groups whole" + (", or the widths of queries, keys and values aligned" if attended else "")
+    return f"{names} ({advice})"
 
 
 def _with_implants(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> nn.Module:

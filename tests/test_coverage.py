@@ -104,6 +104,8 @@ EXPRESSIBLE = [
     ("DistilBERT", half("embedding", "query-key", "value", "hidden"), {"dim": (32, 16), "hidden_dim": (48, 24)}),
     ("GPT-2", half("hidden"), {"n_inner": (48, 24)}),
     ("GPT-2", half("embedding", "query-key", "value"), {"n_embd": (32, 16)}),
+    ("ConvNeXt", half("channel", "hidden"), {"hidden_sizes.0": (16, 8), "hidden_sizes.1": (32, 16)}),
+    ("Swin", half("embedding", "query-key", "value", "hidden"), {"embed_dim": (16, 8), "hidden_size": (32, 16)}),
     ("ViT", half("hidden", "head"), {"num_attention_heads": (4, 2), "intermediate_size": (48, 24)}),
 ]  # fmt: skip
 

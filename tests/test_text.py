@@ -21,6 +21,8 @@ from curvepress.export.running import Running
 from curvepress.plan import from_json, kept
 from curvepress.quantized import Bits, calibrate, layout, packed, quantize, sites, sums_in_float
 from curvepress.recipe import load_recipe
+from curvepress.scores import score
+from curvepress.tracing import trace
 
 HERE = Path(__file__).parent
 
@@ -35,6 +37,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         said = typed("compress", task, "--params", 0.7, "--whole", "embedding", "--aligned", "--samples", 4, "--out", home / "run")
     assert said.code == 0, said
     return home / "run"
+
+
+@pytest.mark.parametrize(("method", "options"), [("gate_gradient", {}), ("mask_curvature", {"estimator": "exact"})])
+def test_scores_of_padded_sentences_are_those_of_the_sentences_alone(method: str, options: dict[str, str]) -> None:
+    model, batches = text_recipe.model().double(), text_recipe.batches("calibration")[:2]
+    structure = trace(model, text_recipe.example())
+    alone = []
+    for given, targets in batches:
+        for n, length in enumerate(given["attention_mask"].sum(1).tolist()):
+            alone.append(({k: v[n : n + 1, :length] for k, v in given.items()}, targets[n : n + 1]))
+    padded, single = (score(model, text_recipe.loss, b, structure, method=method, **options).values for b in (batches, alone))
+    for name, values in single.items():
+        np.testing.assert_allclose(padded[name], values, rtol=1e-9, atol=1e-12)
 
 
 def test_a_run_from_keyword_inputs_to_the_report(run: Path) -> None:

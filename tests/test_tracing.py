@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from zoo import make
 
+from curvepress.masking import masked_output
+from curvepress.plan import Plan
 from curvepress.structure import Structure
+from curvepress.surgery import apply
 from curvepress.tracing import UNUSED, trace
 
 
@@ -67,6 +71,30 @@ def test_law_11_an_operator_without_a_rule_freezes_what_it_touches_and_says_so()
     assert structure["a"].frozen == "no rule for aten.cumsum.default"
     assert structure["spare (along)"].frozen == UNUSED
     assert [g.name for g in structure.free] == ["b"]
+
+
+class Less(nn.Module):
+    """Operators that are not written as others: a hard swish, a gate by halves, mirrored borders, pixels that become channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 16, 3), nn.Conv2d(8, 4, 3)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.glu(self.b(F.pad(F.hardswish(self.a(x)), (1, 1, 1, 1), mode="reflect")), dim=1)
+        x = F.pixel_unshuffle(self.c(F.pad(F.logsigmoid(x), (1, 1, 1, 1), mode="replicate")), 2)
+        return self.head(x.mean((2, 3)))
+
+
+def test_operators_that_are_not_written_as_others() -> None:
+    model, x = Less().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    structure = trace(model, x)
+    assert sizes(structure) == [("channel", 4), ("channel", 6), ("channel", 8)]
+    assert rows(structure, "b", "b.weight", 0) == [[n, n + 8] for n in range(8)]
+    assert rows(structure, "c", "head.weight", 1) == [list(range(4 * n, 4 * n + 4)) for n in range(4)]
+    plan = Plan(structure, {"a": (0, 2, 5), "b": (1, 6), "c": (0, 3)})
+    torch.testing.assert_close(apply(model, plan, x)(x), masked_output(model, plan, (x,)), rtol=1e-9, atol=1e-10)
 
 
 class Ends(nn.Module):

@@ -34,6 +34,8 @@ IMPLIED = {
 
 QUERIES = re.compile(r"\b(q_proj|query|q_lin|q)\.(weight|bias)$")
 FUSED = re.compile(r"\bc_attn\.(weight|bias)$")
+KERNELS = ("attn_implementation", "experts_implementation")
+"""What is chosen when a model is loaded and not kept with it."""
 COMBINATIONS = 4096
 ALTERNATIVE = "or use curvepress.save and curvepress.restore, which take any plan"
 
@@ -112,7 +114,9 @@ def _configured(original: Any, fields: Mapping[Path_, int]) -> Any:
             inner = inner[key]
         inner[path[-1]] = value
     config = type(original.config).from_dict(entries)
-    config._attn_implementation = original.config._attn_implementation
+    for how in KERNELS:
+        if hasattr(original.config, f"_{how}"):
+            setattr(config, f"_{how}", getattr(original.config, f"_{how}"))
     return config
 
 
@@ -171,7 +175,8 @@ def _values(field: Path_, value: int, moved: Mapping[Path_, set[tuple[str, int]]
     if len(sizes) > 1:
         seen = ", ".join(f"{n} needs {v}" for v, (n, _) in sorted(sizes.items())[:3])
         nearest = f"the nearest it can express is {max(sizes)} for all"
-        raise ValueError(f"the configuration has one {field[-1]} for all layers, and here {seen}: {nearest}; {ALTERNATIVE}")
+        name = ".".join(map(str, field))
+        raise ValueError(f"the configuration has one {name} for all layers, and here {seen}: {nearest}; {ALTERNATIVE}")
     if sizes:
         return list(sizes)
     follow = [ratios[s] for s in moved[field]] or list(ratios.values())
@@ -229,8 +234,8 @@ def _attempt(model: Any, original: Any, folder: Path, example: tuple[Any, ...], 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
-        kind = original.config._attn_implementation
-        again = type(original).from_pretrained(temporary, dtype=model.dtype, attn_implementation=kind, local_files_only=True)
+        kernels = {how: kind for how in KERNELS if (kind := getattr(original.config, f"_{how}", None))}
+        again = type(original).from_pretrained(temporary, dtype=model.dtype, local_files_only=True, **kernels)
         relative = _apart(_outputs(again.to(original.device), example), wanted)
         if relative <= tolerance:
             temporary.replace(folder)

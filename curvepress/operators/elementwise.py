@@ -12,7 +12,8 @@ from ..labelling import Dim, Dims, Ledger, blank
 from .table import Arguments, family, rule, tensors_in
 
 POINTWISE = {"masked_fill", "where", "dropout", "native_dropout", "feature_dropout", "copy", "_prelu_kernel", "clone", "_to_copy",
-             "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "to", "type_as", "rsub", "clamp"}  # fmt: skip
+             "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "to", "type_as", "rsub", "clamp",
+             "hardswish", "log_sigmoid_forward", "rrelu_with_noise"}  # fmt: skip
 
 
 @family(lambda func, name: torch.Tag.pointwise in func.tags or name in POINTWISE)

@@ -74,12 +74,12 @@ def softmax(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     return [Dim(d.labels) for d in x]
 
 
-SPATIAL = re.compile(r"(?:pool|upsample\w*?)([123])d")
+SPATIAL = re.compile(r"(?:pool|upsample\w*?|(?:reflection|replication)_pad)([123])d")
 
 
 @family(lambda func, name: SPATIAL.search(name) is not None)
 def spatial(ledger: Ledger, a: Arguments, out: Any) -> Labelled:
-    """Pooling and resampling: every channel by itself; spatial dimensions are never cut."""
+    """Pooling, resampling and mirrored borders: every channel by itself; spatial dimensions are never cut."""
     x = ledger.of(a["self"] if "self" in a else a["input"])
     count = int(SPATIAL.search(a["name"])[1])  # type: ignore[index]
     ledger.freeze(x[-count:], f"a spatial dimension of {a['op']}")

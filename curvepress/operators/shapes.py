@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,6 +178,22 @@ def pixel_shuffle(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     channels, inner = ledger.split(x[-3], (out.shape[-3], r * r))
     ledger.freeze([inner], f"becomes pixels in {a['op']}")
     return [*x[:-3], channels, *blank(out.shape[-2:])]
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
+    """Pixels become blocks of channels, which go together."""
+    x, r = ledger.of(a["self"]), a["downscale_factor"]
+    return [*x[:-3], Dim(merged([x[-3].labels, blank([r * r])[0].labels])), *blank(out.shape[-2:])]
+
+
+@rule("glu")
+def glu(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
+    """One half of a dimension gates the other: an index goes with its gate."""
+    x, dim = list(ledger.of(a["self"])), a["dim"] % a["self"].ndim
+    halves = [Dim(part) for part in np.split(x[dim].labels, 2)]
+    x[dim] = unite(ledger, halves, f"meets a dimension of fixed size in {a['op']}")
+    return x
 
 
 @rule("as_strided")
