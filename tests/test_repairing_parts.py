@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from test_repairing import TINY, Residual, batches, disturbed, error, half
 from torch import Tensor, nn
 
 import curvepress as cp
-from curvepress.implants import Implant
-from curvepress.plan import Plan, after, origins
+from curvepress.implants import Implant, full_rank, replaceable
+from curvepress.plan import Plan, after, edits, origins
 from curvepress.refitting import fit_implants
 from curvepress.repairing import Repaired, repair
 from curvepress.tracing import model_tensors
@@ -110,3 +111,25 @@ def test_origins_say_which_channel_of_the_original_each_output_is() -> None:
             exact += 1
     assert exact >= 20
     assert origins(Plan(plan.structure)) == {}
+
+
+@pytest.mark.parametrize("name", ["BERT", "ViT"])
+def test_projections_of_attention_take_implants_and_are_repaired(name: str) -> None:
+    pytest.importorskip("transformers")
+    from hf_zoo import make_hf
+
+    case = make_hf(name)
+    structure = cp.trace(case.model, *case.example)
+    keep = {g.name: tuple(range((g.size + 1) // 2)) for g in structure.free if g.kind in ("head", "value", "query-key", "hidden")}
+    stays = edits(Plan(structure, keep))
+    shapes = {n: [len(stays.get((n, d), range(k))) for d, k in enumerate(t.shape)] for n, t in structure.tensors.items()}
+    able = [n for n in structure.tensors if "attention" in n and replaceable(structure, n)]
+    plan = Plan(structure, keep, implants={n: Implant("low_rank", full_rank(shapes[n]) // 2) for n in able})
+    assert len(able) >= 4
+    small = cp.apply(case.model, plan, *case.example)
+    assert cp.cost(plan).params == sum(p.numel() for p in small.parameters())
+    assert {g.name: g.size for g in cp.trace(small, *case.example).free} == {g.name: g.size for g in after(plan).free}
+    given: list[Any] = [(x, None) for x in case.inputs(8) for _ in range(2)]
+    repaired = repair(small, case.model, given, plan)
+    assert {n.removesuffix("weight") + "up.weight" for n in able} <= {layer.name for layer in repaired.layers}
+    assert all(layer.after <= layer.before for layer in repaired.layers)
