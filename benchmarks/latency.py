@@ -95,7 +95,7 @@ def _here() -> Machine:
 
 def _table(model: nn.Module, structure: Structure, bits: int = FLOAT) -> Table:
     """As the command line makes it: the layers, and what three models of even widths take besides."""
-    table = measured_table(layers_of(model, recipe.example()), structure.tensors, _here(), bits=(bits,))
+    table = measured_table(layers_of(model, recipe.example()), structure.tensors, _here(), bits=sorted({FLOAT, bits}))
     plans = [Plan(structure, {g.name: tuple(range(max(1, g.size // part))) for g in structure.free}) for part in (1, 2, 4)]
     with tempfile.TemporaryDirectory() as folder:
         seconds = _raced([_made(model, p) for p in plans], folder, bits)

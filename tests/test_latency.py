@@ -170,7 +170,7 @@ def test_tables_of_other_machines_are_kept_elsewhere(monkeypatch: pytest.MonkeyP
 def test_what_a_model_takes_besides_its_layers_is_found(bits: int) -> None:
     structure = chain(64, 64, 64)
     layers = dict.fromkeys(structure.tensors, SMALL)
-    table = measured_table(layers, structure.tensors, HERE, bits=(bits,), timer=timer)
+    table = measured_table(layers, structure.tensors, HERE, bits=sorted({FLOAT, bits}), timer=timer)
     truth, known = replace(table, fixed=3e-5, each=2e-10), dict.fromkeys(layers, bits)
     parts = [tensors_after(Plan(structure, {g.name: tuple(range(w)) for g in structure.free})) for w in (64, 32, 16)]
     found = calibrated(table, [(t, model_seconds(t, truth, known)) for t in parts], bits=known)
