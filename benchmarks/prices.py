@@ -67,10 +67,10 @@ class Network:
 
 
 NETWORKS = {
-    "ResNet-20": Network(cifar10, 1024, 60, {"depth": 20}),
-    "ResNet-56": Network(cifar10, 512, 40, {"depth": 56}),
-    "EfficientNet-Lite0": Network(imagenette, 96, 24, batch=32, shares=()),
-    "MiniLM": Network(sst2, 512, 40, batch=64, shares=()),
+    "ResNet-20": Network(cifar10, 512, 48, {"depth": 20}),
+    "ResNet-56": Network(cifar10, 512, 32, {"depth": 56}),
+    "EfficientNet-Lite0": Network(imagenette, 96, 16, batch=32, shares=()),
+    "MiniLM": Network(sst2, 512, 32, batch=64, shares=()),
 }
 
 
