@@ -67,8 +67,8 @@ class Network:
 
 
 NETWORKS = {
-    "ResNet-20": Network(cifar10, 512, 48, {"depth": 20}),
-    "ResNet-56": Network(cifar10, 512, 32, {"depth": 56}),
+    "ResNet-20": Network(cifar10, 256, 60, {"depth": 20}),
+    "ResNet-56": Network(cifar10, 256, 32, {"depth": 56}),
     "EfficientNet-Lite0": Network(imagenette, 96, 16, batch=32, shares=()),
     "MiniLM": Network(sst2, 512, 32, batch=64, shares=()),
 }
