@@ -142,15 +142,15 @@ def _listed(values: Any) -> dict[str, list[float]]:
 def _work(s: Setting) -> Iterator[Any]:
     for name in PRICES:
         yield s.scores(name)
+    for share in s.network.shares:
+        for order in ORDERS:
+            key = {"network": s.name, "what": "plan", "order": order, "share": share}
+            yield records.once(FILE, key, lambda o=order, k=share: s.plan(o, k))
     units = [(g.name, c) for g in s.structure.free for c in range(g.size)]
     chosen = np.random.default_rng(0).permutation(len(units))[: s.network.singles]
     for group, channel in (units[i] for i in chosen):
         key = {"network": s.name, "what": "single", "group": group, "channel": channel}
         yield records.once(FILE, key, lambda g=group, c=channel: s.single(g, c))
-    for share in s.network.shares:
-        for order in ORDERS:
-            key = {"network": s.name, "what": "plan", "order": order, "share": share}
-            yield records.once(FILE, key, lambda o=order, k=share: s.plan(o, k))
 
 
 def measure(name: str, seconds: float) -> None:
