@@ -226,7 +226,7 @@ def plot(path: Path) -> None:
 
     drawable = [n for n in NETWORKS if any((r["network"], r["what"]) == (n, "plan") for r in records.read(FILE))]
     figure, axes = plt.subplots(len(drawable), 2, figsize=(10, 4.5 * len(drawable)), squeeze=False)
-    drawn = {"before": ("mask_curvature", "mask_curvature, T=4", "joint_rise"), "after": ("reconstruction, T=4",)}
+    drawn = {"before": ("mask_curvature", "mask_curvature, T=4", "joint_rise"), "after": ("reconstruction", "reconstruction, T=4")}
     for row, network in zip(axes, drawable, strict=True):
         for axis, what in zip(row, ("single", "plan"), strict=True):
             for when, names in drawn.items():
@@ -234,7 +234,7 @@ def plot(path: Path) -> None:
                 for name in (n for n in names if n in found):
                     predicted, truth = found[name]
                     axis.loglog(truth, predicted, ".", label=f"{name} ({when} repair)", alpha=0.6)
-            axis.axline((1e-2, 1e-2), slope=1, color="grey", linewidth=0.8)
+            axis.axline((1e-2, 1e-2), (1, 1), color="grey", linewidth=0.8)
             axis.set(xlabel="measured rise of the loss", ylabel="predicted", title=f"{network}, {what}s")
             axis.legend(fontsize=7)
     figure.tight_layout()
