@@ -45,14 +45,17 @@ METHODS = (
     "reconstruction",
     "mask_curvature, repaired",
     "reconstruction, repaired",
+    "reconstruction per parameter, repaired",
+    "reconstruction, repaired, distilled",
+    "reconstruction per parameter, repaired, distilled",
 )
 HOW = {
     "hessian_trace": {"estimator": "hessian"},
     "reconstruction": {"temperature": 4.0, "samples": 16},
 }
 """HAP's score is measured with HAP's estimator, Hutchinson's probes of the true Hessian."""
-REPAIRED = ", repaired"
-"""Layers refitted in closed form on calibration images, before the fine-tune."""
+REPAIRED, DISTILLED, PER = ", repaired", ", distilled", " per parameter"
+"""Layers refitted in closed form on calibration images before the fine-tune; the original as its teacher; worth by parameters saved."""
 PEER = "torch-pruning"
 EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
@@ -86,13 +89,11 @@ def _row(model: nn.Module, key: dict[str, Any], missing: list[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     to_onnx(small, recipe.example(), path)
     small = reestimate(small, recipe.batches("calibration", seed=key["seed"]), examples=2048)
-    if key["method"].endswith(REPAIRED):
+    if REPAIRED in key["method"]:
         small = repair(small, model, recipe.batches("calibration", seed=key["seed"]), plan).model
     spent = {"prune_cpu_seconds": time.process_time() - start}
     for epochs in missing:
-        record = records.once(
-            FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key["seed"], epochs) | _sizes(small) | spent
-        )
+        record = records.once(FILE, {**key, "epochs": epochs}, lambda epochs=epochs: _tuned(small, key, epochs) | _sizes(small) | spent)
         print({k: record[k] for k in ("depth", "seed", "share", "method", "epochs", "accuracy", "params", "macs")}, flush=True)
 
 
@@ -100,19 +101,19 @@ def _smaller(model: nn.Module, key: dict[str, Any]) -> tuple[nn.Module, Plan | N
     example = recipe.example()
     if key["method"] == PEER:
         return peer.prune(model, example, key["share"]), None
-    structure, method = trace(model, example), key["method"].removesuffix(REPAIRED)
+    structure, method = trace(model, example), key["method"].partition(",")[0].removesuffix(PER)
     batches = recipe.batches("calibration", seed=key["seed"])
     how = {"method": method, "samples": SAMPLES, "probes": PROBES, "seed": key["seed"]} | HOW.get(method, {})
-    plan = search(structure, score(model, recipe.loss, batches, structure, **how), at_most(params=key["share"]))
+    scores, per = score(model, recipe.loss, batches, structure, **how), "params" if PER in key["method"] else "channel"
+    plan = search(structure, scores, at_most(params=key["share"]), per=per)
     return apply(model, plan, example), plan
 
 
-def _tuned(small: nn.Module, seed: int, epochs: int) -> dict[str, Any]:
-    start = time.process_time()
+def _tuned(small: nn.Module, key: dict[str, Any], epochs: int) -> dict[str, Any]:
+    start, teacher = time.process_time(), recipe.model(depth=key["depth"]) if DISTILLED in key["method"] else None
     if epochs:
-        small = fit(
-            small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, lr=0.01, weight_decay=1e-4, precision="bfloat16", seed=seed
-        ).model
+        how = {"lr": 0.01, "weight_decay": 1e-4, "precision": "bfloat16", "seed": key["seed"], "teacher": teacher}
+        small = fit(small, recipe.loss, partial(recipe.batches, "train"), epochs=epochs, **how).model
     return _tested(small) | {"tune_cpu_seconds": time.process_time() - start}
 
 

@@ -1,22 +1,24 @@
 """Implants on ResNet-20 at equal parameters: pruning alone, HAP's pointwise implants beside it, and low-rank implants of three kinds.
 
     python -m benchmarks.implants measure      # minutes on one core; resumes
+    python -m benchmarks.implants tune         # a few minutes: one epoch of some of them
     python -m benchmarks.implants table
 
-Nothing is trained: accuracy is that on the first ``TESTED`` test images, which no choice looks at, with BatchNorm re-estimated.  Pruning
-takes the curvature of each channel's removal as its score.  HAP's rule gives a share of the channels that would go, the most sensitive
-of them, 1x1 filters instead (its released code cuts the most sensitive layers to a twentieth; this does not); here only where their order
-is free, that is inside the blocks and in the first stage.  Low-rank implants have the ranks with the lowest predicted rise within the
-budget, chosen once by prices along the residual; the three kinds differ in the values alone.  Needs the data of the recipe ``cifar10``
-(``CURVEPRESS_DATA``).
+Accuracy is that on the test images, which no choice looks at: with BatchNorm re-estimated, after repair, and for some after one epoch of
+the fine-tune of ``benchmarks.cifar10``.  Pruning takes the price after repair at temperature 4 as its score.  HAP's rule gives a
+share of the channels that would go, the most valuable of them, 1x1 filters instead (its released code cuts the most sensitive layers to
+a twentieth; this does not); here only where their order is free, that is inside the blocks and in the first stage.  Low-rank implants have
+the ranks with the lowest predicted rise within the budget, chosen once by prices along the residual; the three kinds differ in the values
+alone.  ``pruned, then low rank`` prunes half of the way, then gives the rest of the budget to ranks.  Needs the data of the
+recipe ``cifar10`` (``CURVEPRESS_DATA``).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +29,18 @@ from benchmarks import records
 from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.curvature import Stop
-from curvepress.implants import Implant, RankPrice
-from curvepress.plan import Plan, lost
+from curvepress.implants import Implant, RankPrice, full_rank, low_rank_sizes
+from curvepress.objective import Batches
+from curvepress.plan import Plan, lost, tensors_after
 from curvepress.planner import at_most, search
 from curvepress.refitting import fit_implants, implant_prices
+from curvepress.repairing import repair
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
 from curvepress.surgery import apply
 from curvepress.tracing import trace
+from curvepress.training import fit
 from curvepress_recipes import cifar10 as recipe
-from curvepress_recipes.images import accuracy
 
 FILE = Path(__file__).parent / "results" / "implants.jsonl"
 SHARES = (0.7, 0.5)
@@ -44,48 +48,88 @@ RETURNED = (0.1, 0.5)
 """Shares of the lost channels that HAP's rule gives 1x1 filters; 0.1 is its default."""
 KINDS = (
     "pruned",
-    *(f"pointwise, {r:.0%} of the lost, {start}" for r in RETURNED for start in ("centres", "least squares")),
+    "pointwise, 10% of the lost, centres",
+    *(f"pointwise, {r:.0%} of the lost, least squares" for r in RETURNED),
     "low rank, plain",
     "low rank, data",
     "low rank, data and curvature",
+    "pruned, then low rank, data and curvature",
 )
-TESTED, SAMPLES = 2000, 4
+TUNED = ("pruned", "pointwise, 10% of the lost, least squares", "low rank, data and curvature", "pruned, then low rank, data and curvature")
+SAMPLES, EXAMPLES = 8, 1024
 
 
 @lru_cache(1)
-def network() -> tuple[nn.Module, Structure, Scores, dict[str, dict[int, RankPrice]]]:
-    """The trained model, its structure, its channels' scores and its ranks' prices."""
+def network() -> tuple[nn.Module, Structure, Scores]:
+    """The trained model, its structure and its channels' scores."""
     model = recipe.model()
     structure = trace(model, recipe.example())
-    batches = recipe.batches("calibration")
-    scores = score(model, recipe.loss, batches, structure, samples=2 * SAMPLES)
-    return model, structure, scores, implant_prices(model, recipe.loss, batches, structure, stop=Stop(samples=SAMPLES))
+    return model, structure, score(model, recipe.loss, calibration(), structure, method="reconstruction", temperature=4.0, samples=SAMPLES)
+
+
+def calibration() -> Batches:
+    """Training images as they are."""
+    return recipe.batches("calibration")
+
+
+@lru_cache(1)
+def prices() -> dict[str, dict[int, RankPrice]]:
+    """What each rank of each weight is predicted to cost."""
+    model, structure, _ = network()
+    return implant_prices(model, recipe.loss, calibration(), structure, stop=Stop(samples=SAMPLES // 2))
 
 
 def measure() -> None:
     """Measure every kind and share that has no record yet."""
-    torch.set_num_threads(1)
     for share in SHARES:
         for kind in KINDS:
-            print(records.once(FILE, {"share": share, "kind": kind}, lambda s=share, k=kind: measured(s, k)), flush=True)
+            print(records.once(FILE, {"share": share, "kind": kind, "epochs": 0}, partial(measured, share, kind)), flush=True)
+
+
+def tune() -> None:
+    """One epoch of the kinds worth it, whatever has no record yet."""
+    for share in SHARES:
+        for kind in TUNED:
+            print(records.once(FILE, {"share": share, "kind": kind, "epochs": 1}, partial(tuned, share, kind)), flush=True)
+
+
+def plan_of(share: float, kind: str) -> Plan:
+    """What a kind makes of the budget."""
+    (_, structure, scores), (name, _, how) = network(), kind.partition(", ")
+    if name == "pointwise":
+        returned = float(how.partition("%")[0]) / 100
+        return _within(share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s)), scores, returned))
+    if name == "low rank":
+        return ranked(share, Plan(structure), prices())
+    plan = search(structure, scores, at_most(params=(1 + share) / 2 if how else share))
+    return ranked(share, plan, prices()) if how else plan
+
+
+def made(plan: Plan, kind: str) -> nn.Module:
+    """The network, its implants with the values of this kind, its batch statistics read again."""
+    model = network()[0]
+    small = apply(model, plan, recipe.example())
+    if kind.endswith(("data", "curvature", "least squares")):
+        small = fit_implants(small, model, calibration(), plan, loss=recipe.loss if kind.endswith("curvature") else None)
+    return reestimate(small, calibration(), examples=2048)
 
 
 def measured(share: float, kind: str) -> records.Record:
-    """Accuracy and loss on test images, and what the network costs."""
-    model, structure, scores, prices = network()
-    name, _, how = kind.partition(", ")
-    if name == "pointwise":
-        returned = float(how.partition("%")[0]) / 100
-        plan = _within(share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s)), scores, returned))
-    else:
-        plan = search(structure, scores, at_most(params=share)) if name == "pruned" else ranked(share, structure, prices)
-    small, batches = apply(model, plan, recipe.example()), recipe.batches("calibration")
-    if how.endswith(("data", "curvature", "least squares")):
-        small = fit_implants(small, model, batches, plan, loss=recipe.loss if how.endswith("curvature") else None)
-    small = reestimate(small, batches, examples=1024)
-    whole, now = cost(Plan(structure)), cost(plan)
+    """Accuracy and loss on test images without and with repair, and what the network costs."""
+    plan = plan_of(share, kind)
+    small = made(plan, kind)
+    again = repair(small, network()[0], calibration(), plan, examples=EXAMPLES).model
+    whole, now = cost(Plan(plan.structure)), cost(plan)
     sizes = {"params": now.params / whole.params, "macs": now.macs / whole.macs, "implants": len(plan.implants)}
-    return {**accuracy(small, islice(recipe.batches("test", batch_size=250), TESTED // 250)), **sizes}
+    return recipe.evaluate(small, "test") | {f"repaired_{k}": v for k, v in recipe.evaluate(again, "test").items()} | sizes
+
+
+def tuned(share: float, kind: str) -> records.Record:
+    """Accuracy and loss after repair and one epoch."""
+    plan = plan_of(share, kind)
+    small = repair(made(plan, kind), network()[0], calibration(), plan, examples=EXAMPLES).model
+    how = {"epochs": 1, "lr": 0.01, "weight_decay": 1e-4, "precision": "bfloat16"}
+    return recipe.evaluate(fit(small, recipe.loss, partial(recipe.batches, "train"), **how).model, "test")
 
 
 def _within(share: float, structure: Structure, made: Callable[[float], Plan]) -> Plan:
@@ -125,14 +169,16 @@ def structure_rows(structure: Structure, group: str, tensor: str) -> np.ndarray:
     return next(m.rows[:, 0] for m in structure[group].members if (m.tensor, m.dim) == (tensor, 0))
 
 
-def ranked(share: float, structure: Structure, prices: dict[str, dict[int, RankPrice]]) -> Plan:
-    """The ranks with the least predicted rise at the price of a parameter that just fits the budget."""
+def ranked(share: float, pruned: Plan, prices: dict[str, dict[int, RankPrice]]) -> Plan:
+    """The plan with the ranks of least predicted rise at the price of a parameter that just fits the budget."""
+    structure, shapes = pruned.structure, tensors_after(pruned)
+    saved = {n: {k: prod(shapes[n].shape) - low_rank_sizes(shapes[n].shape, k) for k in r} for n, r in prices.items()}
+    able = {n: [k for k, less in s.items() if less > 0 and k <= full_rank(shapes[n].shape)] for n, s in saved.items()}
 
     def at(price: float) -> Plan:
-        best = {n: min(r, key=lambda k, r=r: r[k].rise - price * r[k].params) for n, r in prices.items()}
-        return Plan(
-            structure, {}, implants={n: Implant("low_rank", k) for n, k in best.items() if prices[n][k].rise < price * prices[n][k].params}
-        )
+        best = {n: min(ks, key=lambda k, n=n: prices[n][k].rise - price * saved[n][k]) for n, ks in able.items() if ks}
+        chosen = {n: Implant("low_rank", k) for n, k in best.items() if prices[n][k].rise < price * saved[n][k]}
+        return Plan(structure, pruned.keep, implants=chosen)
 
     low, high = -12.0, 2.0
     for _ in range(40):
@@ -144,20 +190,25 @@ def ranked(share: float, structure: Structure, prices: dict[str, dict[int, RankP
 
 def table() -> None:
     """Print the table in Markdown."""
-    rows = {(r["share"], r["kind"]): r for r in records.read(FILE)}
-    print("| budget | what | parameters | MACs | implants | accuracy | loss |\n|---|---|---|---|---|---|---|")
+    rows = {(r["share"], r["kind"], r["epochs"]): r for r in records.read(FILE)}
+    print(
+        "| budget | what | parameters | MACs | implants | statistics read again | repaired | one epoch |\n|---|---|---|---|---|---|---|---|"
+    )
     for share in SHARES:
         for kind in KINDS:
-            if r := rows.get((share, kind)):
+            if r := rows.get((share, kind, 0)):
                 sizes = f"{r['params']:.1%} | {r['macs']:.2f} | {r['implants']}"
-                print(f"| {share:.0%} | {kind} | {sizes} | {r['accuracy']:.1f} | {r['loss']:.3f} |")
+                later = rows.get((share, kind, 1))
+                trained = f"{later['accuracy']:.2f}" if later else "–"
+                print(f"| {share:.0%} | {kind} | {sizes} | {r['accuracy']:.2f} | {r['repaired_accuracy']:.2f} | {trained} |")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "table"))
-    {"measure": measure, "table": table}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("measure", "tune", "table"))
+    torch.set_num_threads(1)
+    {"measure": measure, "tune": tune, "table": table}[parser.parse_args().what]()
 
 
 if __name__ == "__main__":

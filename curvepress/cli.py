@@ -32,7 +32,7 @@ from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
 from .sessions import BATCHES, continued, done, estimate, kept, noted, pairs_of, quantized_as_planned, source_of, started, with_scores
-from .settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, quantized_tuning, timing, tuning
+from .settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, method_of, quantized_tuning, timing, tuning
 from .stopwatch import RUNTIMES
 from .terminal import (
     bars,
@@ -76,12 +76,12 @@ Seed = Annotated[int, typer.Option(min=0, help="of every random choice")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads that torch and the runtime use")]
 Again = Annotated[bool, typer.Option("--again", help="do stages again that were done with other settings, or whose files were changed")]
 
-Method = Annotated[str, one_of(SCORE, "the score", METHODS)]
+Method = Annotated[str | None, one_of(SCORE, "the score; the price after repair where there is one", METHODS)]
 Samples = Annotated[int, typer.Option(min=2, help="calibration batches the scores are averaged over", rich_help_panel=SCORE)]
 Estimator = Annotated[str, one_of(SCORE, "estimator of the curvature", ("auto", *ESTIMATORS))]
 Half = Annotated[str, one_of(SCORE, "precision of the passes behind the scores", PASSES)]
 Probes = Annotated[int, typer.Option(min=1, help="random vectors a batch, for estimators by random vectors", rich_help_panel=SCORE)]
-Temperature = Annotated[float, typer.Option(min=0.01, help="of the output curvature (mask_curvature)", rich_help_panel=SCORE)]
+Temperature = Annotated[float, typer.Option(min=0.01, help="of the output curvature", rich_help_panel=SCORE)]
 Reliability = Annotated[
     float | None, typer.Option(min=0, max=1, help="stop when the ranking is as reliable as this", rich_help_panel=SCORE)
 ]
@@ -132,7 +132,7 @@ def _options(
 def compress(
     recipe: RecipeName, out: Out, params: Params = None, bytes: Bytes = None, macs: Macs = None, *,
     latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1,
-    option: Options = None, data: Data = None, method: Method = "mask_curvature", samples: Samples = 32,
+    option: Options = None, data: Data = None, method: Method = None, samples: Samples = 32,
     reliability: Reliability = None, max_seconds: MaxSeconds = None, estimator: Estimator = "auto", score_precision: Half = "full",
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
@@ -152,6 +152,7 @@ def compress(
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
     common = {"seed": seed, "threads": threads}
+    method = method_of(method, repaired=repair_examples > 0 and not chosen)
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
     count = branch_count(branches, chosen)
@@ -194,12 +195,13 @@ def trace(recipe: RecipeName, out: Out, option: Options = None, data: Data = Non
 @app.command()
 @explained()
 def score(
-    folder: Folder, method: Method = "mask_curvature", samples: Samples = 32, reliability: Reliability = None,
+    folder: Folder, method: Method = None, samples: Samples = 32, reliability: Reliability = None,
     max_seconds: MaxSeconds = None, estimator: Estimator = "auto", precision: Half = "full", probes: Probes = 4,
     temperature: Temperature = 1.0, seed: Seed = 0, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Predict what removing each channel costs.  Under torchrun the processes share out the batches; the folder must be on a
     disk that all of them see."""
+    method = method_of(method, processes=workers().count)
     if workers().count > 1 and method not in SHARED:
         _refuse(f"`score --method {method}` is the work of one process; run it without torchrun, or choose one of {', '.join(SHARED)}")
     settings = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,

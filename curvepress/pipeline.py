@@ -32,9 +32,10 @@ from .plan import Plan, dumps, lost, to_json
 from .planner import at_most, frontier
 from .planning import weighed
 from .recipe import Recipe, check
-from .repairing import repair
+from .repairing import Repaired, repair
 from .runs import PLAN, RECIPE, Entry, Run, finish, is_done, objections, require, scratch
 from .scores import LOSS_UNIT, Scores, predicted_rise, score
+from .scores.reconstruction import reconstruction
 from .searching import planned
 from .settings import descent
 from .surgery import applied
@@ -48,8 +49,8 @@ ORIGINAL = {"format": "curvepress original", "version": 1}
 METRICS = {"format": "curvepress metrics", "version": 1}
 SCORING = ("method", "samples", "reliability", "seconds", "estimator", "precision", "probes", "temperature", "seed")
 """Settings of the score stage that :func:`~.scores.score` takes."""
-PROBED = 4
-"""Calibration batches on which predicted and measured rise of the loss are compared."""
+PROBED, TRIED = 4, 256
+"""Calibration batches on which predicted and measured rise of the loss are compared; examples that models are repaired with for that."""
 
 
 def _trace(desk: Desk, settings: Settings) -> None:
@@ -114,7 +115,10 @@ def _apply(desk: Desk, settings: Settings) -> None:
 
 
 def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[reports.Point]:
-    """Predicted and measured rise of the loss, on the way from the whole model to the plan and at the plan itself."""
+    """Predicted and measured rise of the loss, on the way from the whole model to the plan and at the plan itself.
+
+    Prices after repair are held against models that are repaired.
+    """
     scores, structure = load_scores(desk.run.folder), plan.structure
     whole = cost(Plan(structure)).params
     final = cost(plan).params / whole
@@ -123,6 +127,8 @@ def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[r
     before = _mean_loss(desk, model, batches)
     for n, step in enumerate(plans):
         small = applied(model, step, *desk.recipe.inputs()).model
+        if scores.method == reconstruction.__name__:
+            small = _refitted(desk, reestimate(small, batches), step, TRIED, seed).model
         rise, stderr = _predicted(scores, step)
         desk.progress("plans measured", n + 1, len(plans))
         yield reports.Point(cost(step).params / whole, rise, stderr, _mean_loss(desk, small.eval(), batches) - before)
@@ -145,17 +151,23 @@ def _repair(desk: Desk, settings: Settings) -> None:
     recipe, small = desk.recipe, desk.compressed("pruned.safetensors")
     facts: dict[str, Any] = {"validation": {}, "layers": [], "left": {}, "examples": 0, "bytes": 0}
     if settings["examples"]:
-        batches, tell = recipe.batches("calibration", seed=settings["seed"]), partial(desk.progress, "layers")
-        try:
-            made = repair(small, desk.original(), batches, desk.plan(), examples=settings["examples"], progress=tell)
-        except ValueError as error:
-            raise ValueError(f"{recipe.name}: {error}; go on without repair with `compress --repair-examples 0`") from error
+        made = _refitted(desk, small, desk.plan(), settings["examples"], settings["seed"], partial(desk.progress, "layers"))
         small, layers = made.model, [asdict(layer) for layer in made.layers]
         desk.note("; ".join(f"{name} is left as it was: {why}" for name, why in made.left.items()))
         metrics = {"repaired": recipe.metrics(small, "validation")}
         facts = {"validation": metrics, "layers": layers, "left": made.left, "examples": made.examples, "bytes": made.bytes}
     save(small, desk.path("repaired.safetensors"))
     write_text(desk.path("repaired.json"), dumps({**REPAIRED, **facts}))
+
+
+def _refitted(
+    desk: Desk, small: nn.Module, plan: Plan, examples: int, seed: int, tell: Callable[[int, int], None] = lambda *_: None
+) -> Repaired:
+    batches = desk.recipe.batches("calibration", seed=seed)
+    try:
+        return repair(small, desk.original(), batches, plan, examples=examples, progress=tell)
+    except ValueError as error:
+        raise ValueError(f"{desk.recipe.name}: {error}; go on without repair with `compress --repair-examples 0`") from error
 
 
 def _fit(desk: Desk, settings: Settings) -> None:

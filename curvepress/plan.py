@@ -148,6 +148,26 @@ def implanted(plan: Plan) -> Plan:
     return Plan(new, {name: tuple(channels) for name, channels in keep.items()}, skip)
 
 
+def origins(plan: Plan) -> dict[Site, tuple[str, np.ndarray]]:
+    """Where the indices of the result come from, ``(tensor, dim)``: the original's tensor, and the index that each had there.
+
+    Dimensions that stay as they were are not in it, and neither are the inner channels of implants, which come from nowhere.
+    """
+    cut, moved = edits(plan), implanting.moves(plan.structure, plan.implants)
+    sites = {s for s in (*cut, *moved, *((name, 0) for name in plan.implants)) if s[0] not in dropped(plan)}
+    old = {s: moved.get(s, np.arange(plan.structure.tensors[s[0]].shape[s[1]])) for s in sites}
+    stays = {s: np.isin(rows, cut.get(s, rows)) for s, rows in old.items()}
+    found = {s: (s[0], rows[stays[s]]) for s, rows in old.items() if s[0] not in plan.implants}
+    for name, implant in ((n, i) for n, i in plan.implants.items() if (n, 0) in old):
+        first, second = implanting.names(name, implant)
+        rows, stay = old[name, 0], stays[name, 0]
+        border = len(rows) - len(implant.channels) if implant.kind == "pointwise" else 0
+        found[second, 0] = name, rows[border:][stay[border:]]
+        if border:
+            found[first, 0] = name, rows[:border][stay[:border]]
+    return found
+
+
 def _units(members: tuple[Member, ...], size: int) -> list[frozenset[tuple[str, int, int]]]:
     """Where each channel lives: tensor, dimension, row."""
     return [frozenset((m.tensor, m.dim, row) for m in members for row in m.rows[c].tolist()) for c in range(size)]

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from .objective import Batch, Batches, batch_size
-from .plan import Plan, edits
+from .plan import Plan, origins
 from .quantized.graphs import argument, tensor
 from .stepping import Product, Stepped, chain, graph_of, inputs_of, live_bytes, outputs_of, products
 
@@ -29,7 +30,7 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Multiples of the mean of the Gram matrix's diagonal."""
 DEAD = 1e-6
 """A channel that a batch normalisation scales by less than this share of the largest scale is left alone: nothing it does counts."""
-
+NO_TWIN = "the original has no such product, as it has no inner channels of an implant"
 ROUNDING = 64
 """Outputs that differ by no more than so many units of the last place, relative to their spread, are the same."""
 
@@ -233,7 +234,7 @@ class _Repair:
         self.original, self.small = (Stepped(g, [*parts[0], *parts[1]]) for g in graphs)
         (self.twins, _), (found, self.left) = map(products, graphs)
         self.fitted, self.count = len(parts[0]), len(parts[0]) + len(parts[1])
-        self.ridges, self.residual, self.kept = ridges, residual, edits(plan) if plan else {}
+        self.ridges, self.residual, self.origins = ridges, residual, origins(plan) if plan else {}
         if unknown := sorted(set(names or ()) - {*found, *self.left}):
             raise ValueError(f"names: no layer multiplies by {', '.join(unknown)}; there are {', '.join([*found, *self.left])}")
         self.products = [p for n, p in found.items() if names is None or n in names]
@@ -241,9 +242,9 @@ class _Repair:
 
     def layers(self, progress: Callable[[int, int], None]) -> Iterator[Layer]:
         for n, product in enumerate(self.products):
-            twin = self.twins.get(product.name)
+            twin = self.twins.get(self._origin(product)[0])
             if twin is None or twin.node in self.original.done:
-                self.left[product.name] = "the original has no such product" if twin is None else "the original runs it earlier"
+                self.left[product.name] = NO_TWIN if twin is None else "the original runs it earlier"
                 continue
             for run, node in ((self.original, twin.node), (self.small, product.node)):
                 run.before(node)
@@ -315,9 +316,13 @@ class _Repair:
         inverse = torch.where(scale.abs() > DEAD * scale.abs().max(), 1 / scale, 0.0)
         return target, lacking * inverse.reshape([-1, *[1] * (lacking.ndim - 2)] if _channel(place.product) == 1 else [-1])
 
+    def _origin(self, product: Product) -> tuple[str, np.ndarray | None]:
+        """The original's weight that a product stands for, and which of its outputs; None for all of them."""
+        return self.origins.get((product.name, product.axis), (product.name, None))
+
     def _kept(self, outputs: Tensor, product: Product) -> Tensor:
-        """Of the original's outputs those that the plan keeps."""
-        rows = self.kept.get((product.name, product.axis))
+        """Of the original's outputs those that the product makes, in its order."""
+        rows = self._origin(product)[1]
         return outputs if rows is None else outputs.index_select(_channel(product), torch.as_tensor(rows, device=outputs.device))
 
 

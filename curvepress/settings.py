@@ -191,6 +191,15 @@ def _limit(name: str, text: str) -> float | int:
     raise ValueError(f"--{name} must be a share above 0 and up to 1 (0.5 or 50%), or a whole number above 1; got {text!r}")
 
 
+def method_of(given: str | None, *, repaired: bool = True, processes: int = 1) -> str:
+    """The score that is asked for, else the price of a channel as the stages after it leave it.
+
+    That is the price after repair where the model is repaired, and the price before it otherwise: beside prices of bits, which have no
+    repair in them, and in several processes, which can only share out the work of the latter.
+    """
+    return given or ("reconstruction" if repaired and processes == 1 else "mask_curvature")
+
+
 def tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the fine-tune: those given (not ``None``), else the recipe's own, else the usual ones.
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from curvepress import cli, files, pipeline, sessions
@@ -21,6 +24,7 @@ from curvepress.curvature import setup
 from curvepress.export import Agreement, Quartiles, Timing
 from curvepress.plan import from_json, to_json
 from curvepress.runs import FLOWS
+from curvepress.settings import method_of
 
 TINY = Path(__file__).parent / "tiny_recipe.py"
 RESULTS = (
@@ -127,6 +131,31 @@ def test_the_report_sets_the_original_beside_what_became_of_it(first: Path):
     )
     assert found.test == {"original": task.metrics(original, "test"), "recovered": task.metrics(small, "test")}
     assert found.after.params == sum(p.numel() for p in small.parameters()) <= 0.5 * found.before.params
+
+
+def test_prices_after_repair_are_held_against_repaired_models(first: Path):
+    task, run = cli.load_recipe(str(first.parent / "task.py")), cli.open_run(first)
+    desk = cli.Desk(run, task)
+    assert run.stages["score"].settings["method"] == "reconstruction"
+    batches = list(islice(task.batches("calibration", seed=1), pipeline.PROBED))
+    with torch.no_grad():
+        losses = [[float(task.loss(m(x), y)) for x, y in batches] for m in (desk.original(), desk.compressed("repaired.safetensors"))]
+    rise = (sum(losses[1]) - sum(losses[0])) / len(batches)
+    last = json.loads((first / "pruned.json").read_text())["frontier"][-1]
+    assert last["measured"] == pytest.approx(rise, rel=1e-4) and last["predicted"] is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "repaired", "processes", "method"),
+    [
+        (None, True, 1, "reconstruction"),
+        (None, False, 1, "mask_curvature"),
+        (None, True, 2, "mask_curvature"),
+        ("taylor", True, 1, "taylor"),
+    ],
+)
+def test_the_price_is_that_of_what_is_done_afterwards(given: str | None, repaired: bool, processes: int, method: str):
+    assert method_of(given, repaired=repaired, processes=processes) == method
 
 
 def test_the_same_command_again_keeps_everything(first: Path, quick: None):

@@ -17,7 +17,7 @@ from zoo import make
 from curvepress.blocks import hull
 from curvepress.costs import cost
 from curvepress.desk import Desk
-from curvepress.latency import Axis, Grid, Layer, Machine, Table, check_machine, model_seconds, table_from_json, table_to_json
+from curvepress.latency import FLOAT, Axis, Grid, Layer, Machine, Table, check_machine, model_seconds, table_from_json, table_to_json
 from curvepress.pipeline import run_stage
 from curvepress.plan import Plan, tensors_after
 from curvepress.planner import at_most, search
@@ -166,12 +166,14 @@ def test_tables_of_other_machines_are_kept_elsewhere(monkeypatch: pytest.MonkeyP
     assert all(p.is_relative_to(tmp_path) for p in paths)
 
 
-def test_what_a_model_takes_besides_its_layers_is_found() -> None:
+@pytest.mark.parametrize("bits", [FLOAT, 8])
+def test_what_a_model_takes_besides_its_layers_is_found(bits: int) -> None:
     structure = chain(64, 64, 64)
-    table = table_for(structure)
-    truth = replace(table, fixed=3e-5, each=2e-10)
+    layers = dict.fromkeys(structure.tensors, SMALL)
+    table = measured_table(layers, structure.tensors, HERE, bits=sorted({FLOAT, bits}), timer=timer)
+    truth, known = replace(table, fixed=3e-5, each=2e-10), dict.fromkeys(layers, bits)
     parts = [tensors_after(Plan(structure, {g.name: tuple(range(w)) for g in structure.free})) for w in (64, 32, 16)]
-    found = calibrated(table, [(t, model_seconds(t, truth)) for t in parts])
+    found = calibrated(table, [(t, model_seconds(t, truth, known)) for t in parts], bits=known)
     assert (found.fixed, found.each) == (pytest.approx(3e-5), pytest.approx(2e-10))
     with pytest.raises(ValueError, match="above zero"):
         calibrated(table, [(parts[0], float("nan"))])

@@ -121,10 +121,11 @@ def _period(line: Mapping[int, float]) -> int:
     return max((p for p, share in shares.items() if share >= MOST_OF_IT), default=1)
 
 
-def calibrated(table: Table, measured: Sequence[tuple[Tensors, float]]) -> Table:
+def calibrated(table: Table, measured: Sequence[tuple[Tensors, float]], *, bits: Mapping[str, int] | None = None) -> Table:
     """The table with what whole models take besides their layers, fitted to measured seconds of some of them.
 
-    ``measured`` holds the tensors of a model and its seconds; relative errors count alike.  Both terms are kept from being negative.
+    ``measured`` holds the tensors of a model and its seconds, all with their layers at ``bits`` (32 where none are given); relative
+    errors count alike.  Both terms are kept from being negative.
 
     Raises:
         ValueError: if nothing was measured, or a time is not positive and finite.
@@ -134,7 +135,7 @@ def calibrated(table: Table, measured: Sequence[tuple[Tensors, float]]) -> Table
         raise ValueError(f"a table is calibrated by measured times above zero; got {seconds.tolist()}")
     from scipy.optimize import nnls
 
-    rest = seconds - [layers_seconds(tensors, table) for tensors, _ in measured]
+    rest = seconds - [layers_seconds(tensors, table, bits) for tensors, _ in measured]
     terms = np.array([[1.0, activations(tensors, table)] for tensors, _ in measured])
     scale = terms.max(axis=0)
     found, _ = nnls(terms / scale / seconds[:, None], rest / seconds)
