@@ -81,8 +81,9 @@ TABLE = {
     "pipeline": "everything but terminal sessions options reproduce cli",
     "terminal": "structure costs report desk pipeline",
     "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",
-    "reproduce": "structure objective files packing implants plan latency costs refitting curvature scores alignment planner batchnorm training "
-    "export stopwatch bitwidths allocation artifacts recipe runs settings desk timetables findings quantization options pipeline terminal sessions",
+    "reproduce": "structure objective files packing implants plan latency costs refitting curvature scores alignment planner batchnorm "
+    "training export stopwatch bitwidths allocation artifacts recipe runs settings desk timetables findings quantization "
+    "options pipeline terminal sessions",
     "cli": "everything",
     "__main__": "cli",
     "__init__": "everything but pipeline terminal sessions options reproduce cli",

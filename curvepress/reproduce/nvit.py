@@ -147,7 +147,7 @@ def greedy(
             if best is None or worth < best[0]:
                 best = worth, fewer
         if best is None:
-            raise ValueError(f"no plan fits: nothing more can go; allow more")
+            raise ValueError("no plan fits the budget, and no block of channels is left that may go; allow more")
         left = best[1]
         plan = _plan(structure, left)
     return plan
