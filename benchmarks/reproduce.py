@@ -5,9 +5,9 @@
     python -m benchmarks.reproduce list                     # the cells, and which are done
     python -m benchmarks.reproduce_page write               # docs/results.md, docs/reproduce.md and their figures, from the records
 
-Test images are looked at once for each configuration, and nothing is chosen by them.  Where a table has a fine-tune it is the same for every
-row: SGD with Nesterov momentum 0.9, learning rate 0.01 falling as a cosine, weight decay 1e-4, batch 128, flips and crops, bfloat16, no
-teacher, from statistics re-estimated on 2,048 training images.  Needs the data of the recipes (``CURVEPRESS_DATA``).
+Test images are looked at once for each configuration, and nothing is chosen by them.  Where a table has a fine-tune it is the same for
+every row: SGD with Nesterov momentum 0.9, learning rate 0.01 falling as a cosine, weight decay 1e-4, batch 128, flips and crops,
+bfloat16, no teacher, from statistics re-estimated on 2,048 training images.  Needs the data of the recipes (``CURVEPRESS_DATA``).
 """
 
 from __future__ import annotations

@@ -101,7 +101,6 @@ def network(depth: int) -> tuple[nn.Module, Structure]:
 
 def recovered(key: Key) -> records.Record:
     """Accuracy on the test images right after pruning and after the fine-tune."""
-    model, _ = network(key["depth"])
     small, plan = smaller(key["depth"], key["seed"], key["left"], key["way"])
     return _tuned(small, key) | _sizes(key["depth"], small) | ({} if plan is None else shares(plan))
 
@@ -126,10 +125,8 @@ def smaller(depth: int, seed: int, left: float, way: str) -> tuple[nn.Module, Pl
     batches = recipe.batches("calibration", seed=seed)
     if way == PEER:
         return reestimate(peer.prune(model, recipe.example(), left), batches), None
-    if way.startswith("HAP"):
-        plan = hap_plan(depth, seed, left, way)
-    else:
-        plan = search(structure, scores(depth, seed, way), at_most(params=left))
+    own = way.startswith("HAP")
+    plan = hap_plan(depth, seed, left, way) if own else search(structure, scores(depth, seed, way), at_most(params=left))
     small = apply(model, plan, recipe.example())
     if way.startswith(RELEASED) and plan.implants:
         small = zeroed(small, plan)

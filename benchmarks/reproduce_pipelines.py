@@ -1,4 +1,4 @@
-"""Cells of the results page that are whole commands: EHAP's pipeline to integers, and NViT under a latency budget, beside curvepress's own."""
+"""Cells of the results page that are whole commands: EHAP's pipeline to integers, and NViT under a latency budget beside our own."""
 
 from __future__ import annotations
 
