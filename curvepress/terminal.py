@@ -111,7 +111,7 @@ def _may_be_cut(group: Group) -> str:
 
 def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; all but the first column are numbers."""
-    table = Table(*(Column(h, justify="right" if n else "left", overflow="fold") for n, h in enumerate(heads)))
+    table = Table(*(Column(h, justify="right" if n else "left", no_wrap=not n, overflow="fold") for n, h in enumerate(heads)), box=None)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

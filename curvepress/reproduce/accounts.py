@@ -89,9 +89,9 @@ def _quantized(desk: Desk, times: Mapping[str, Any], *, first: bool) -> Iterator
         yield row("float", "float.safetensors", found["float"], test=test, latency=times.get("float.onnx", {}))
     for stage in ("calibrated", "trained"):
         if stage in found:
-            yield row(f"quantized, {stage}", "quantized.safetensors", found[stage])
+            yield row(stage, "quantized.safetensors", found[stage])
     test = desk.recipe.metrics(running, "test")
-    yield row("integers in ONNX Runtime", "quantized.onnx", found["onnxruntime"], test=test, latency=times.get("quantized.onnx", {}))
+    yield row("integers", "quantized.onnx", found["onnxruntime"], test=test, latency=times.get("quantized.onnx", {}))
 
 
 def _size(desk: Desk, file: str) -> int:

@@ -135,7 +135,7 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     """The figures of every stage."""
     metric = next(iter(rows[0]["validation"]))
     sizes = list(rows[0]["latency"])
-    heads = ["", f"{metric}, validation", "test", "parameters", "MACs", "bytes", *(f"latency, batch {b}" for b in sizes)]
+    heads = ["", metric, "test", "params", "MACs", "bytes", *(f"batch {b}" for b in sizes)]
     lines = []
     for r in rows:
         test = f"{r['test'][metric]:.2f}" if r["test"] else "-"
@@ -143,3 +143,4 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
         numbers = [f"{r[k]:,}" for k in ("params", "macs", "bytes")]
         lines.append([r["stage"], f"{r['validation'][metric]:.2f}", test, *numbers, *times])
     show_table(heads, lines)
+    say(f"{metric} is of the validation split, in its own column of the test split; batch: latency over that of the first row's file")
