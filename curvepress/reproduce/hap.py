@@ -70,7 +70,7 @@ PRESET = Preset(
         "milestones": CODE + "hessian_pruner.py: shares of the epochs",
     },
     corrections={
-        "probes": Correction(300, "three random vectors rank channels hardly better than chance; 300 are the function's own default"),
+        "probes": Correction(300, "three random vectors leave the ranking to chance for the most part; 300 are the function's own default"),
         "examples": Correction(512, "the batch that is asked for, not the rest of a division"),
         "keeps": Correction("the best channel", "a layer of which little stays should keep the best of it"),
         "layers": Correction(
