@@ -282,6 +282,20 @@ def vit() -> tuple[ViT, Structure, Data]:
     return model, trace(model, data[0][0]), data
 
 
+def test_of_a_transformer_whole_heads_go_priced_over_their_projections(vit: tuple[ViT, Structure, Data]):
+    model, structure, data = vit
+    exact = hap.relative_traces(model, F.cross_entropy, apart(data, 12), structure, estimator="exact")
+    heads = [g for g in structure.free if g.kind == "head"]
+    assert (
+        hap.joined(
+            heads[0], {f"{heads[0].name} {i}": np.ones(4) for i in range(3)}, {f"{heads[0].name} {i}": np.ones(4) for i in range(3)}
+        )[0].tolist()
+        == [3] * 4
+    )
+    plan = within({"params": 0.85}, structure, exact, Rule(), whole=["embedding", "hidden", "query-key", "value"])
+    assert set(plan.keep) <= {g.name for g in heads} and plan.keep
+
+
 def test_nvits_released_divisors_are_all_that_differs_where_the_sums_are_the_same(vit: tuple[ViT, Structure, Data]):
     model, structure, data = vit
     settings = {**nvit.PRESET.chosen(corrected=True), "samples": 3}

@@ -81,8 +81,8 @@ PRESET = Preset(
         "All of HAP's, but for implants, which EHAP has none of.",
         "As released, only the three vectors that count are made: the others come out as zero.",
         "Where float16 overflows, the passes are run again at the next smaller scale; the released code ends.",
-        "Training on eight bits runs on the exported graph with BatchNorm folded, learns its scales, and has the pruned float network as "
-        "its teacher where the recipe says so; sums of residuals have eight bits where the released code simulates sixteen.",
+        "Training on eight bits runs on the exported graph with BatchNorm folded, learns its scales, and takes Nesterov's "
+        "momentum; sums of residuals have eight bits where the released code simulates sixteen.",
         "Activations have a zero point in use; the released code computes one and takes unsigned numbers.",
         "What is deployed is a file of integer operators that is run and compared; the released code simulates integers.",
     ),

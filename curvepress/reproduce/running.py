@@ -151,7 +151,14 @@ def _bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any], commo
 def _eight_bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any], common: Mapping[str, Any]) -> Mapping[str, Any]:
     """EHAP's: eight bits for all, trained for a while."""
     free = dict.fromkeys(("average", "bytes", "bops", "given", "group"))
-    training = {"epochs": chosen["qat_epochs"], "lr": chosen["qat_lr"], "weight_decay": chosen["qat_weight_decay"], "schedule": "cosine"}
+    training = {
+        "epochs": chosen["qat_epochs"],
+        "lr": chosen["qat_lr"],
+        "weight_decay": chosen["qat_weight_decay"],
+        "schedule": "cosine",
+        "optimizer": "sgd",
+        "distill": asked.recovery.get("distill") or 0.0,
+    }
     precision = {"precision": p} if (p := asked.recovery.get("precision")) else {}
     return {
         "load": {"source": str(desk.run.folder.resolve()), "files": dict(source_files(desk.run.folder)), "threads": asked.threads},
