@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks import records
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, Network
 from benchmarks.quantization import EXAMPLES, TRAINING, Eighth
 from curvepress.allocation import Allocation, allocate, allocation, named_bits
 from curvepress.bitwidths import BitPrices, bit_prices
@@ -18,6 +18,7 @@ from curvepress.curvature import Stop
 from curvepress.quantized import calibrate, observe, quantize
 from curvepress.reproduce import hawq_v2
 from curvepress.training import fit
+from curvepress_recipes import digits
 
 Key = Mapping[str, Any]
 WAYS = ("HAWQ-V2", "HAWQ-V2, reversed", "uniform", "curvepress, direction")
@@ -25,28 +26,25 @@ UNIFORM = {8.0: 4, 10.67: 3}
 """Size ratios at which there are uniform bits, 32 / ratio."""
 RATIOS = (8.0, 10.67, 12.0)
 MEAN = 6
-SHORT = 2
+SHORT = {"digits": 16, "ResNet-20": 2}
 """Eighths of an epoch of training on grids."""
+NETS = {"digits": Network(digits, {}, 64, 512), **NETWORKS}
 
 
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     """``(rank, key, measure)``."""
-    for network, ratio, way, eighths in product(NETWORKS, RATIOS, WAYS, (0, SHORT)):
-        if way == "uniform" and ratio not in UNIFORM:
+    for network, ratio, way, trained in product(NETS, RATIOS, WAYS, (False, True)):
+        if (way == "uniform" and ratio not in UNIFORM) or (trained and network not in SHORT):
             continue
-        large = {"ResNet-20": 0, "ResNet-56": 15, "EfficientNet-Lite0": 12}[network]
-        if not eighths or network == "ResNet-20":
-            yield (
-                1 + large + (4 if eighths else 0),
-                {"part": "hawq", "network": network, "ratio": ratio, "way": way, "eighths": eighths, "seed": 0},
-                measured,
-            )
+        large = {"digits": -8, "ResNet-20": 0, "ResNet-56": 15, "EfficientNet-Lite0": 12}[network]
+        key = {"part": "hawq", "network": network, "ratio": ratio, "way": way, "eighths": SHORT[network] if trained else 0, "seed": 0}
+        yield 1 + large + (4 if trained else 0), key, measured
 
 
 @cache
 def prices(network: str, price: str) -> BitPrices:
     """Prices from training images: HAWQ-V2's mean traces without the noise of random vectors, or curvature along the error."""
-    of = NETWORKS[network]
+    of = NETS[network]
     count = EXAMPLES if network != "EfficientNet-Lite0" else 128
     return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), price=price, stop=Stop(examples=count))
 
@@ -86,7 +84,7 @@ def measured(key: Key) -> records.Record:
 
 
 def _trained(module: nn.Module, key: Key) -> nn.Module:
-    of = NETWORKS[key["network"]]
+    of = NETS[key["network"]]
     settings: dict[str, Any] = dict(TRAINING)
     return fit(
         module, of.recipe.loss, lambda seed: Eighth(of.train(seed)), epochs=key["eighths"], teacher=of.model(), seed=key["seed"], **settings

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from benchmarks.cifar10 import FILE as CIFAR10
 from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.curvature import spearman
+from curvepress.objective import Batches
 from curvepress.plan import Plan, lost
 from curvepress.planner import at_most, search
 from curvepress.refitting import zeroed
@@ -28,9 +31,30 @@ from curvepress.structure import Structure
 from curvepress.surgery import apply
 from curvepress.tracing import trace
 from curvepress.training import fit
-from curvepress_recipes import cifar10 as recipe
+from curvepress_recipes import cifar10, digits
 
 Key = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Net:
+    """A trained network, its data, and the fine-tune that every way gets."""
+
+    recipe: ModuleType
+    options: Mapping[str, Any]
+    epochs: int
+    lr: float
+    precision: str
+
+    def model(self, seed: int) -> nn.Module:
+        """The trained network: of digits, which are trained on the spot, another one for each seed."""
+        return self.recipe.model(**({"seed": seed} if self.recipe is digits else self.options))
+
+
+NETS = {
+    "digits": Net(digits, {}, 5, 0.02, "full"),
+    **{f"ResNet-{depth}": Net(cifar10, {"depth": depth}, 1, 0.01, "bfloat16") for depth in (20, 32, 56)},
+}
 PEER, DEFAULT, BETTER = "Torch-Pruning", "curvepress, default", "curvepress, reconstruction"
 RELEASED, CORRECTED = "HAP, as released", "HAP, corrected"
 WAYS = (
@@ -65,18 +89,26 @@ AGREED = (0.5, 0.1)
 
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     """``(rank, key, measure)``: of HAP's table and of the agreement of precisions."""
-    known = {(r["depth"], r["seed"], r["left"], r["way"]) for r in borrowed()}
-    for depth, seed, left, way in product((20, 56), (0, 1), LEFT, WAYS):
-        rank = 10 * seed + (30 if depth == 56 else 0) + LEFT.index(left) + (5 if way in ("taylor", "random", "HAP, 32 probes") else 0)
-        if (depth, seed, left, way) in known:
-            continue
-        if depth == 20 or (seed == 0 and way in (RELEASED, CORRECTED, f"{CORRECTED}, implants", DEFAULT, BETTER, "magnitude", PEER)):
-            yield rank, {"part": "hap", "depth": depth, "seed": seed, "left": left, "way": way, "epochs": 1}, recovered
-    for depth, seed in product((32, 56), (0, 1)):
-        yield 4 + 20 * seed + (10 if depth == 56 else 0), {"part": "agreement", "depth": depth, "seed": seed, "probes": PROBED}, agreement
-    for depth, seed, name in product((32,), (0, 1), ("full", "bfloat16", "float16")):
-        key = {"part": "ehap", "depth": depth, "seed": seed, "trace": name, "probes": PROBED, "left": 0.1, "epochs": 1}
-        yield 8 + 20 * seed, key, half
+    known = {(r["network"], r["seed"], r["left"], r["way"]) for r in borrowed()}
+    few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", DEFAULT, BETTER, "magnitude", PEER)
+    for network, seed, left, way in product(("digits", "ResNet-20", "ResNet-56"), range(3), LEFT, WAYS):
+        rank = {"digits": -9, "ResNet-20": 10 * seed, "ResNet-56": 30}[network] + LEFT.index(left) + (0 if way in few else 5)
+        wanted = network == "digits" or (seed < 2 and network == "ResNet-20") or (not seed and way in few)
+        if wanted and (network, seed, left, way) not in known and (network != "digits" or way != PEER):
+            yield (
+                rank,
+                {"part": "hap", "network": network, "seed": seed, "left": left, "way": way, "epochs": NETS[network].epochs},
+                recovered,
+            )
+    for network, seed in product(("digits", "ResNet-32", "ResNet-56"), range(3)):
+        if network == "digits" or seed < 2:
+            rank = {"digits": -8, "ResNet-32": 4, "ResNet-56": 14}[network] + 20 * seed * (network != "digits")
+            yield rank, {"part": "agreement", "network": network, "seed": seed, "probes": PROBED}, agreement
+    for network, seed, left, name in product(("digits", "ResNet-32"), range(3), AGREED, TRACES[:3]):
+        if network == "digits" or (seed < 2 and left == AGREED[-1]):
+            rank = -7 if network == "digits" else 8 + 20 * seed
+            key = {"part": "ehap", "network": network, "seed": seed, "trace": name, "probes": PROBED, "left": left}
+            yield rank, {**key, "epochs": NETS[network].epochs}, half
 
 
 def borrowed() -> list[records.Record]:
@@ -87,101 +119,99 @@ def borrowed() -> list[records.Record]:
         if epochs == 1 and method in BORROWED and (before := rows.get((depth, seed, left, method, 0))):
             whole = rows[depth, None, None, "original", None]
             sizes = {k: r[k] / whole[k] for k in ("params", "macs")}
-            key = {"part": "hap", "depth": depth, "seed": seed, "left": left, "way": BORROWED[method], "epochs": 1}
+            key = {"part": "hap", "network": f"ResNet-{depth}", "seed": seed, "left": left, "way": BORROWED[method], "epochs": 1}
             found.append({**key, "pruned": before["accuracy"], "accuracy": r["accuracy"], **sizes, "environment": r["environment"]})
     return found
 
 
 @cache
-def network(depth: int) -> tuple[nn.Module, Structure]:
+def network(name: str, seed: int) -> tuple[nn.Module, Structure]:
     """The trained network and its structure."""
-    model = recipe.model(depth=depth)
-    return model, trace(model, recipe.example())
+    model = NETS[name].model(seed)
+    return model, trace(model, NETS[name].recipe.example())
+
+
+def calibration(name: str, seed: int, **more: Any) -> Batches:
+    """Training images, drawn at random."""
+    return NETS[name].recipe.batches("calibration", seed=seed, **more)
 
 
 def recovered(key: Key) -> records.Record:
     """Accuracy on the test images right after pruning and after the fine-tune."""
-    small, plan = smaller(key["depth"], key["seed"], key["left"], key["way"])
-    return _tuned(small, key) | _sizes(key["depth"], small) | ({} if plan is None else shares(plan))
+    small, plan = smaller(key["network"], key["seed"], key["left"], key["way"])
+    return _tuned(small, key) | _sizes(key, small) | ({} if plan is None else shares(plan))
 
 
 def _tuned(small: nn.Module, key: Key) -> records.Record:
-    before = recipe.evaluate(small, "test")
-    how = {"epochs": key["epochs"], "lr": 0.01, "weight_decay": 1e-4, "precision": "bfloat16", "seed": key["seed"]}
-    tuned = fit(small, recipe.loss, partial(recipe.batches, "train"), **how).model
-    after = recipe.evaluate(tuned, "test")
-    return {"pruned": before["accuracy"], "accuracy": after["accuracy"]}
+    net = NETS[key["network"]]
+    before = net.recipe.evaluate(small, "test")
+    how = {"epochs": key["epochs"], "lr": net.lr, "weight_decay": 1e-4, "precision": net.precision, "seed": key["seed"]}
+    tuned = fit(small, net.recipe.loss, partial(net.recipe.batches, "train"), **how).model
+    return {"pruned": before["accuracy"], "accuracy": net.recipe.evaluate(tuned, "test")["accuracy"]}
 
 
-def _sizes(depth: int, small: nn.Module) -> records.Record:
-    _, structure = network(depth)
-    whole, now = cost(Plan(structure)), cost(Plan(trace(small, recipe.example())))
+def _sizes(key: Key, small: nn.Module) -> records.Record:
+    _, structure = network(key["network"], key["seed"])
+    whole, now = cost(Plan(structure)), cost(Plan(trace(small, NETS[key["network"]].recipe.example())))
     return {"params": now.params / whole.params, "macs": now.macs / whole.macs}
 
 
-def smaller(depth: int, seed: int, left: float, way: str) -> tuple[nn.Module, Plan | None]:
+def smaller(name: str, seed: int, left: float, way: str) -> tuple[nn.Module, Plan | None]:
     """The network of a way at a share of the parameters, statistics re-estimated, or refitted where that is part of the way."""
-    model, structure = network(depth)
-    batches = recipe.batches("calibration", seed=seed)
+    (model, structure), example, batches = network(name, seed), NETS[name].recipe.example(), calibration(name, seed)
     if way == PEER:
-        return reestimate(peer.prune(model, recipe.example(), left), batches), None
+        return reestimate(peer.prune(model, example, left), batches), None
     own = way.startswith("HAP")
-    plan = hap_plan(depth, seed, left, way) if own else search(structure, scores(depth, seed, way), at_most(params=left))
-    small = apply(model, plan, recipe.example())
+    plan = hap_plan(name, seed, left, way) if own else search(structure, scores(name, seed, way), at_most(params=left))
+    small = apply(model, plan, example)
     if way.startswith(RELEASED) and plan.implants:
         small = zeroed(small, plan)
     small = reestimate(small, batches)
     return (repair(small, model, batches, plan).model if way.startswith("curvepress") else small), plan
 
 
-def hap_plan(depth: int, seed: int, left: float, way: str) -> Plan:
+def hap_plan(name: str, seed: int, left: float, way: str) -> Plan:
     """HAP's plan: as released from 3 random vectors on 336 images, or corrected from the exact trace on 512."""
-    _, structure = network(depth)
+    _, structure = network(name, seed)
     released, implants = way.startswith(RELEASED), 0.1 if way.endswith("implants") else 0.0
     rule = Rule(implants=implants, first=released, inverted=released)
-    return within({"params": left}, structure, scores(depth, seed, way.removesuffix(", implants")), rule)
+    return within({"params": left}, structure, scores(name, seed, way.removesuffix(", implants")), rule)
 
 
 @cache
-def scores(depth: int, seed: int, way: str) -> Scores:
+def scores(name: str, seed: int, way: str) -> Scores:
     """The scores of every channel."""
-    model, structure = network(depth)
-    batches = recipe.batches("calibration", seed=seed)
+    (model, structure), loss, batches = network(name, seed), NETS[name].recipe.loss, calibration(name, seed)
     if way == RELEASED:
-        return relative_traces(model, recipe.loss, one_batch(batches, 336, 3), structure, seed=seed)
+        return relative_traces(model, loss, one_batch(batches, 336, 3), structure, seed=seed)
     if way == CORRECTED:
-        return relative_traces(model, recipe.loss, apart(batches, 512), structure, estimator="exact", seed=seed)
+        return relative_traces(model, loss, apart(batches, 512), structure, estimator="exact", seed=seed)
     if way.startswith("HAP"):
-        return relative_traces(model, recipe.loss, one_batch(batches, 128, 32), structure, seed=seed)
+        return relative_traces(model, loss, one_batch(batches, 128, 32), structure, seed=seed)
     method = {DEFAULT: "mask_curvature", BETTER: "reconstruction"}.get(way, way)
     how = {"samples": SAMPLES.get(way, 2), "seed": seed, "temperature": 4.0 if way == BETTER else 1.0}
-    return score(model, recipe.loss, batches, structure, method=method, **how)
+    return score(model, loss, batches, structure, method=method, **how)
 
 
 @cache
-def traced(depth: int, seed: int, name: str) -> Scores:
+def traced(network_name: str, seed: int, name: str) -> Scores:
     """HAP's score of every channel, by the precision of its passes."""
-    model, structure = network(depth)
-    batches = recipe.batches("calibration", seed=seed)
-    drawn, precision = (
-        one_batch(batches, IMAGES, PROBED),
-        name.rpartition(" ")[2] if name.startswith("released") else name.partition(",")[0],
-    )
+    (model, structure), loss = network(network_name, seed), NETS[network_name].recipe.loss
     if name == "exact":
-        return relative_traces(
-            model, recipe.loss, apart(recipe.batches("calibration", seed=seed, batch_size=64), IMAGES), structure, estimator="exact"
-        )
+        images = apart(calibration(network_name, seed, batch_size=64), IMAGES)
+        return relative_traces(model, loss, images, structure, estimator="exact")
+    drawn = one_batch(calibration(network_name, seed), IMAGES, PROBED)
     if name.startswith("released"):
-        return released_traces(model, recipe.loss, drawn.batches[0], structure, probes=300, done={}, precision=precision, seed=seed)
+        precision = name.rpartition(" ")[2]
+        return released_traces(model, loss, drawn.batches[0], structure, probes=300, done={}, precision=precision, seed=seed)
     own = seed + 100 if name.endswith("vectors") else seed
-    return relative_traces(model, recipe.loss, drawn, structure, precision=precision, seed=own)
+    return relative_traces(model, loss, drawn, structure, precision=name.partition(",")[0], seed=own)
 
 
 def agreement(key: Key) -> records.Record:
     """How far rankings and chosen sets agree with those of full precision, and with those of the exact trace."""
-    depth, seed = key["depth"], key["seed"]
-    _, structure = network(depth)
-    found = {name: traced(depth, seed, name) for name in TRACES}
+    _, structure = network(key["network"], key["seed"])
+    found = {name: traced(key["network"], key["seed"], name) for name in TRACES}
     flat = {name: np.concatenate([s.values[g.name] for g in structure.free]) for name, s in found.items()}
     rows = {}
     for name in TRACES:
@@ -202,7 +232,7 @@ def _gone(structure: Structure, scores: Scores, left: float) -> set[tuple[str, i
 
 def half(key: Key) -> records.Record:
     """Accuracy of the network chosen by passes of a precision, after the same fine-tune."""
-    model, structure = network(key["depth"])
-    plan = within({"params": key["left"]}, structure, traced(key["depth"], key["seed"], key["trace"]), Rule())
-    small = reestimate(apply(model, plan, recipe.example()), recipe.batches("calibration", seed=key["seed"]))
-    return _tuned(small, key) | _sizes(key["depth"], small)
+    (model, structure), example = network(key["network"], key["seed"]), NETS[key["network"]].recipe.example()
+    plan = within({"params": key["left"]}, structure, traced(key["network"], key["seed"], key["trace"]), Rule())
+    small = reestimate(apply(model, plan, example), calibration(key["network"], key["seed"]))
+    return _tuned(small, key) | _sizes(key, small)

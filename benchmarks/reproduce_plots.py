@@ -19,16 +19,16 @@ mpl.rcParams.update({"svg.hashsalt": "curvepress", "svg.fonttype": "none", "font
 
 
 def channels(rows: Rows, path: Path) -> None:
-    """Accuracy after one epoch by the share of the parameters that is left, a line for each way."""
-    depths = sorted({r["depth"] for r in rows})
-    figure, axes = plt.subplots(1, len(depths), figsize=(4.4 * len(depths), 3.4), squeeze=False)
-    for ax, depth in zip(axes[0], depths, strict=True):
+    """Accuracy after the fine-tune by the share of the parameters that is left, a line for each way."""
+    networks = list(dict.fromkeys(r["network"] for r in rows))
+    figure, axes = plt.subplots(1, len(networks), figsize=(4.4 * len(networks), 3.4), squeeze=False)
+    for ax, network in zip(axes[0], networks, strict=True):
         for way in CHANNELS:
-            points = sorted({r["left"] for r in rows if (r["depth"], r["way"]) == (depth, way)})
-            values = [mean(r["accuracy"] for r in rows if (r["depth"], r["way"], r["left"]) == (depth, way, p)) for p in points]
+            points = sorted({r["left"] for r in rows if (r["network"], r["way"]) == (network, way)})
+            values = [mean(r["accuracy"] for r in rows if (r["network"], r["way"], r["left"]) == (network, way, p)) for p in points]
             if points:
                 ax.plot([100 * p for p in points], values, marker="o", markersize=3, linewidth=1, label=way)
-        _finish(ax, f"ResNet-{depth}", "parameters left, %", "accuracy after one epoch, %")
+        _finish(ax, network, "parameters left, %", "accuracy, fine-tuned, %")
     _save(figure, path)
 
 

@@ -5,7 +5,7 @@ from curvepress.reproduce import SYSTEMS
 
 HAP = {
     "part": "hap",
-    "depth": 20,
+    "network": "ResNet-20",
     "left": 0.5,
     "way": "HAP, corrected",
     "epochs": 1,
@@ -41,6 +41,6 @@ def test_what_was_not_measured_is_said():
 
 
 def test_rows_of_other_scripts_are_borrowed_once():
-    known = [(r["depth"], r["seed"], r["left"], r["way"]) for r in reproduce_channels.borrowed()]
-    own = [(k["depth"], k["seed"], k["left"], k["way"]) for _, k, _ in reproduce_channels.cells() if k["part"] == "hap"]
+    known = [(r["network"], r["seed"], r["left"], r["way"]) for r in reproduce_channels.borrowed()]
+    own = [(k["network"], k["seed"], k["left"], k["way"]) for _, k, _ in reproduce_channels.cells() if k["part"] == "hap"]
     assert known and not set(known) & set(own) and len(set(known)) == len(known)
