@@ -65,7 +65,7 @@ def choice(network: str, ratio: float, way: str) -> Allocation:
 
 def measured(key: Key) -> records.Record:
     """Accuracy on the test images after calibration, and after training on grids for eighths of an epoch where asked."""
-    of, found = NETWORKS[key["network"]], choice(key["network"], key["ratio"], key["way"])
+    of, found = NETS[key["network"]], choice(key["network"], key["ratio"], key["way"])
     module = quantize(of.model(), found.bits, of.recipe.example())
     calibrate(module, observe(module, of.calibration(key["seed"] + 1), examples=EXAMPLES))
     if key["eighths"]:

@@ -92,7 +92,7 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     known = {(r["network"], r["seed"], r["left"], r["way"]) for r in borrowed()}
     few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", DEFAULT, BETTER, "magnitude", PEER)
     for network, seed, left, way in product(("digits", "ResNet-20", "ResNet-56"), range(3), LEFT, WAYS):
-        rank = {"digits": -9, "ResNet-20": 10 * seed, "ResNet-56": 30}[network] + LEFT.index(left) + (0 if way in few else 5)
+        rank = {"digits": 20 * seed - 9, "ResNet-20": 10 * seed, "ResNet-56": 30}[network] + LEFT.index(left) + (0 if way in few else 5)
         wanted = network == "digits" or (seed < 2 and network == "ResNet-20") or (not seed and way in few)
         if wanted and (network, seed, left, way) not in known and (network != "digits" or way != PEER):
             yield (
@@ -102,11 +102,11 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
             )
     for network, seed in product(("digits", "ResNet-32", "ResNet-56"), range(3)):
         if network == "digits" or seed < 2:
-            rank = {"digits": -8, "ResNet-32": 4, "ResNet-56": 14}[network] + 20 * seed * (network != "digits")
+            rank = {"digits": 20 * seed - 8, "ResNet-32": 4, "ResNet-56": 14}[network] + 20 * seed * (network != "digits")
             yield rank, {"part": "agreement", "network": network, "seed": seed, "probes": PROBED}, agreement
     for network, seed, left, name in product(("digits", "ResNet-32"), range(3), AGREED, TRACES[:3]):
         if network == "digits" or (seed < 2 and left == AGREED[-1]):
-            rank = -7 if network == "digits" else 8 + 20 * seed
+            rank = 20 * seed + (-7 if network == "digits" else 8)
             key = {"part": "ehap", "network": network, "seed": seed, "trace": name, "probes": PROBED, "left": left}
             yield rank, {**key, "epochs": NETS[network].epochs}, half
 

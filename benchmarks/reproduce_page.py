@@ -48,17 +48,8 @@ def channels(rows: Rows) -> str:
                 lines.append(
                     [f"{1 - left:.0%}", way, str(len(own)), *(spread([r[k] for r in own]) for k in ("pruned", "accuracy")), *shares]
                 )
-        heads = (
-            "parameters gone",
-            "way",
-            "seeds",
-            "untrained, %",
-            "fine-tuned, %",
-            "parameters, %",
-            "MACs, %",
-            "channels gone, %",
-            "1x1, %",
-        )
+        heads = ("parameters gone", "way", "seeds", "untrained, %", "fine-tuned, %", "parameters, %", "MACs, %")
+        more = ("channels gone, %", "1x1, %")
         parts.append(f"**{network}**\n\n{table((*heads, *more), lines)}")
     return "\n\n".join(parts)
 
