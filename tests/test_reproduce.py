@@ -52,8 +52,8 @@ def residual() -> tuple[Residual, Structure, Data]:
     return model, trace(model, data[0][0]), data
 
 
-def dense_scores(model: nn.Module, weight: str, data: Data) -> np.ndarray:
-    """``tr(H_cc) / (2 p_c) * |w_c|^2`` from the whole Hessian of one weight."""
+def dense_traces(model: nn.Module, weight: str, data: Data) -> Tensor:
+    """``tr(H_cc)`` of every output channel from the whole Hessian of one weight."""
     x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     own = {n: p.detach() for n, p in model.named_parameters()}
     w = own[weight]
@@ -62,8 +62,13 @@ def dense_scores(model: nn.Module, weight: str, data: Data) -> np.ndarray:
         return F.cross_entropy(torch.func.functional_call(model, {**own, weight: moved}, (x,)), y)
 
     h = torch.autograd.functional.hessian(loss, w).reshape(w.numel(), w.numel())
-    traces = h.diagonal().reshape(len(w), -1).sum(1)
-    return (traces * w.flatten(1).square().sum(1) / (2 * w[0].numel())).numpy()
+    return h.diagonal().reshape(len(w), -1).sum(1)
+
+
+def dense_scores(model: nn.Module, weight: str, data: Data) -> np.ndarray:
+    """``tr(H_cc) / (2 p_c) * |w_c|^2``."""
+    w = model.get_parameter(weight).detach()
+    return (dense_traces(model, weight, data) * w.flatten(1).square().sum(1) / (2 * w[0].numel())).numpy()
 
 
 def group_of(structure: Structure, weight: str) -> Group:
@@ -260,7 +265,10 @@ def test_bits_fall_with_the_mean_trace_within_the_ratio(residual: tuple[Residual
     model, _, data = residual
     model = model.float()
     batches = [(x.float(), y) for x, y in data]
-    prices = bit_prices(model, F.cross_entropy, batches, batches[0][0], price="trace")
+    prices = bit_prices(model, F.cross_entropy, batches, batches[0][0], price="trace", estimator="exact")
+    for name in ("inner.weight", "outer.weight"):
+        dense = dense_traces(model, name, batches).sum() / model.get_parameter(name).numel()
+        assert prices.traces[name] == pytest.approx(float(dense), rel=1e-3)
     again = prices_from_dict(prices_to_dict(prices))
     assert again.traces == prices.traces and set(prices.weights) | set(prices.sites) == set(prices.traces)
     settings = {**hawq_v2.PRESET.settings, "ratio": 8.0, "mean": 6.0, "reversed": False}
