@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import records
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.quantization import EXAMPLES, TRAINING, Eighth
-from curvepress.allocation import Allocation, allocate, allocation, named_bits
+from curvepress.allocation import Allocation, allocate, allocation, bits_by_name
 from curvepress.bitwidths import BitPrices, bit_prices
 from curvepress.curvature import Stop
 from curvepress.quantized import calibrate, observe, quantize
@@ -55,7 +55,7 @@ def choice(network: str, ratio: float, way: str) -> Allocation:
     found = prices(network, "trace")
     settings = {**hawq_v2.PRESET.settings, "ratio": ratio, "mean": MEAN, "reversed": way.endswith("reversed")}
     if way == "uniform":
-        return allocation(found, named_bits(found, dict.fromkeys(found.weights, UNIFORM[ratio]), MEAN))
+        return allocation(found, bits_by_name(found, dict.fromkeys(found.weights, UNIFORM[ratio]), MEAN))
     if way.startswith("HAWQ-V2"):
         return hawq_v2.chosen(found, settings)
     published = choice(network, ratio, "HAWQ-V2")

@@ -65,7 +65,7 @@ def allocation(prices: BitPrices, bits: Bits) -> Allocation:
 
 def uniform(prices: BitPrices, weight: int, activation: int = 8) -> Allocation:
     """The same bits for every weight and every activation that products read, where they have prices."""
-    return allocation(prices, named_bits(prices, dict.fromkeys(prices.weights, weight), activation))
+    return allocation(prices, bits_by_name(prices, dict.fromkeys(prices.weights, weight), activation))
 
 
 def runnable(layout: Layout, target: str) -> dict[str, tuple[int, ...]]:
@@ -126,13 +126,13 @@ def frontier(
         bits = np.array(sorted(_allowed(weights, weight.name, prices.weights)))
         costs = cost[:, None] + np.array([packed_size(weight.size, int(b)) for b in bits])
         rises = rise[:, None] + np.array([_priced(prices.weights, weight.name, int(b)).rise for b in bits])
-        kept = undominated(costs.ravel(), rises.ravel())
+        kept = _undominated(costs.ravel(), rises.ravel())
         cost, rise = costs.ravel()[kept], rises.ravel()[kept]
         steps.append((weight.name, bits[kept % len(bits)], kept // len(bits)))
-    return [allocation(prices, named_bits(prices, _walked(steps, i), activation)) for i in range(len(cost))]
+    return [allocation(prices, bits_by_name(prices, _walked(steps, i), activation)) for i in range(len(cost))]
 
 
-def undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
+def _undominated(costs: np.ndarray, rises: np.ndarray) -> np.ndarray:
     """Where no other has both a cost and a rise as low, by rising cost."""
     order = np.lexsort((rises, costs))
     kept = order[rises[order] < np.concatenate([[np.inf], np.minimum.accumulate(rises[order])[:-1]])]
@@ -150,7 +150,7 @@ def _walked(steps: Sequence[tuple[str, np.ndarray, np.ndarray]], last: int) -> d
     return dict(reversed(found.items()))
 
 
-def named_bits(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
+def bits_by_name(prices: BitPrices, weights: Mapping[str, int], activation: int | Mapping[str, int]) -> Bits:
     """Bits by name; what has no price stays in float, and activations that have no name here have those of sums."""
     own: dict[str, int | None] = {}
     for s in prices.layout.sites:
@@ -308,7 +308,7 @@ def _scaled(program: _Program) -> np.ndarray:
 
 def _chosen(program: _Program, prices: BitPrices, taken: Sequence[int]) -> Bits:
     chosen = [program.options[i] for i in taken]
-    return named_bits(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
+    return bits_by_name(prices, {n: b for k, n, b in chosen if k == "weight"}, {n: b for k, n, b in chosen if k == "site"})
 
 
 def _least(program: _Program, prices: BitPrices) -> str:

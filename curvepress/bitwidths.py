@@ -78,10 +78,11 @@ def bit_prices(
 
     Args:
         batches: gone through twice: for the ranges of activations (:data:`EXAMPLES` examples) and for the curvature.
+        probes: random vectors a batch, for estimators that need some.
         price: of weights: ``direction`` or ``trace`` (HAWQ-V2), see the module.  Activations are priced by their trace.
         in_float: names of weights and sites that stay in float and get no price.
         asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
-        estimator, probes, temperature, stop, seed, progress: as :func:`~.curvature.estimate` takes them.
+        estimator, temperature, stop, seed, progress: as :func:`~.curvature.estimate` takes them.
 
     Raises:
         ValueError: if the price or a name is unknown, or as :func:`~.quantized.quantize`, :func:`~.quantized.observe` and

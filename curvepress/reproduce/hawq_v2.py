@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocation import Allocation, allocation, named_bits, undominated
+from ..allocation import Allocation, allocation, bits_by_name
 from ..bitwidths import BitPrices, bit_prices, prices_to_dict
 from ..curvature import Stop
 from ..desk import Desk
@@ -122,8 +122,11 @@ Points = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _best(a: Points, b: Points) -> Points:
+    """Those of both that no other beats in bytes and rise, by rising bytes."""
     joined = [np.concatenate(pair) for pair in zip(a, b, strict=True)]
-    kept = undominated(joined[0], joined[1])
+    order = np.lexsort((joined[1], joined[0]))
+    rises = joined[1][order]
+    kept = order[rises < np.concatenate([[np.inf], np.minimum.accumulate(rises)[:-1]])]
     return joined[0][kept], joined[1][kept], joined[2][kept], joined[3][kept]
 
 
@@ -156,7 +159,7 @@ def chosen(prices: BitPrices, settings: Settings) -> Allocation:
     limit = sum(4 * w.size for w in prices.layout.weights) / settings["ratio"]
     own = monotone(weights, settings["bits"]).within(limit)
     activations = monotone(sites, settings["activation_bits"]).within(sum(s.size for s in sites) * settings["mean"] / 8) if sites else {}
-    return allocation(prices, named_bits(prices, own, activations))
+    return allocation(prices, bits_by_name(prices, own, activations))
 
 
 def priced(desk: Desk, settings: Settings) -> None:
