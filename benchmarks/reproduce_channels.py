@@ -55,7 +55,7 @@ NETS = {
     "digits": Net(digits, {}, 5, 0.02, "full"),
     **{f"ResNet-{depth}": Net(cifar10, {"depth": depth}, 1, 0.01, "bfloat16") for depth in (20, 32, 56)},
 }
-PEER, DEFAULT, BETTER = "Torch-Pruning", "curvepress, default", "curvepress, reconstruction"
+PEER, MASKED, BETTER = "Torch-Pruning", "curvepress, mask_curvature", "curvepress, reconstruction"
 RELEASED, CORRECTED = "HAP, as released", "HAP, corrected"
 WAYS = (
     RELEASED,
@@ -63,7 +63,7 @@ WAYS = (
     CORRECTED,
     f"{CORRECTED}, implants",
     "HAP, 32 probes",
-    DEFAULT,
+    MASKED,
     BETTER,
     "magnitude",
     "taylor",
@@ -75,11 +75,11 @@ BORROWED = {
     "taylor": "taylor",
     "random": "random",
     "torch-pruning": PEER,
-    "mask_curvature, repaired": DEFAULT,
+    "mask_curvature, repaired": MASKED,
     "reconstruction, repaired": BETTER,
 }
 LEFT = (0.5, 0.3, 0.1)
-SAMPLES = {DEFAULT: 32, BETTER: 16, "taylor": 48}
+SAMPLES = {MASKED: 32, BETTER: 16, "taylor": 48}
 PROBED, IMAGES = 32, 128
 """Random vectors and images with which precisions are compared."""
 TRACES = ("full", "bfloat16", "float16", "full, other vectors", "released scale, float16", "exact")
@@ -90,7 +90,7 @@ AGREED = (0.5, 0.1)
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     """``(rank, key, measure)``: of HAP's table and of the agreement of precisions."""
     known = {(r["network"], r["seed"], r["left"], r["way"]) for r in borrowed()}
-    few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", DEFAULT, BETTER, "magnitude", PEER)
+    few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", MASKED, BETTER, "magnitude", PEER)
     for network, seed, left, way in product(("digits", "ResNet-20", "ResNet-56"), range(3), LEFT, WAYS):
         rank = {"digits": 20 * seed - 9, "ResNet-20": 10 * seed, "ResNet-56": 30}[network] + LEFT.index(left) + (0 if way in few else 5)
         wanted = network == "digits" or (seed < 2 and network == "ResNet-20") or (not seed and way in few)
@@ -188,7 +188,7 @@ def scores(name: str, seed: int, way: str) -> Scores:
         return relative_traces(model, loss, apart(batches, 512), structure, estimator="exact", seed=seed)
     if way.startswith("HAP"):
         return relative_traces(model, loss, one_batch(batches, 128, 32), structure, seed=seed)
-    method = {DEFAULT: "mask_curvature", BETTER: "reconstruction"}.get(way, way)
+    method = {MASKED: "mask_curvature", BETTER: "reconstruction"}.get(way, way)
     how = {"samples": SAMPLES.get(way, 2), "seed": seed, "temperature": 4.0 if way == BETTER else 1.0}
     return score(model, loss, batches, structure, method=method, **how)
 

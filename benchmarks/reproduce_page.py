@@ -139,7 +139,7 @@ def transformer(rows: Rows) -> str:
 
 def heads(rows: Rows) -> str:
     """Heads of MiniLM on SST-2, from the records of ``benchmarks.transformers``."""
-    names = {"hessian_trace": "HAP's score", "mask_curvature": "curvepress, default", "michel": "slopes (Michel et al.)"}
+    names = {"hessian_trace": "HAP's score", "mask_curvature": "curvepress, mask_curvature", "michel": "slopes (Michel et al.)"}
     lines = []
     for share, method in sorted({(r["share"], r["method"]) for r in rows}):
         own = [r for r in rows if (r["share"], r["method"]) == (share, method)]
@@ -167,9 +167,9 @@ SECTIONS: Sequence[tuple[str, str, Callable[[Rows], str]]] = (
 NOTES = {
     "hap": "Published figures are of networks that were trained and fine-tuned longer ([each system's page](reproduce.md)); these are "
     "comparable with one another only. *As released*: three random vectors on 336 images. *Corrected*: the exact trace on 512 images, "
-    "which 300 vectors approach. curvepress's ways refit what is left in closed form before the fine-tune, the *default* after "
-    "its own score. The fine-tune is one epoch on CIFAR-10 and five on the digits, where every seed is another network. Accuracy on the "
-    "test images; mean over seeds ± half the spread.",
+    "which 300 vectors approach. curvepress's ways refit what is left in closed form before the fine-tune, after two of its scores "
+    "(`reconstruction` at temperature 4). The fine-tune is one epoch on CIFAR-10 and five on the digits, where every seed is another "
+    "network. Accuracy on the test images; mean over seeds ± half the spread.",
     "heads": "MiniLM, the same short recovery for every score; printed also by `python -m benchmarks.transformers table`.",
     "agreement": "The same random vectors on the same images in every precision; *other vectors* is full precision again, which tells how "
     "much 32 of them settle at all; *released scale* is EHAP's, of which one vector is left. *Same channels* is the share of those that "

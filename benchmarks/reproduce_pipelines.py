@@ -31,7 +31,7 @@ VIT = (
     ("NViT, corrected, without latency", NVIT + " --corrected", {"eta": 0}),
     ("nvit scores, our planner", OURS, {"method": "nvit", "repair": 0}),
     ("curvature, our planner", OURS, {"method": "mask_curvature", "repair": 0}),
-    ("curvepress, default", OURS, {"method": "mask_curvature", "repair": 512}),
+    ("curvature, our planner, repaired", OURS, {"method": "mask_curvature", "repair": 512}),
 )
 
 
