@@ -9,7 +9,7 @@ error itself: ``d' C d / 2``, in which the coupling of elements counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -47,13 +47,15 @@ class BitPrices:
     """Prices of every weight and site at every number of bits.
 
     ``weights[name][bits]`` and ``sites[name][bits]`` are :class:`Price`; a site ``x.read`` is priced by what the products alone that read
-    ``x`` make of the error.  What has no price stays in float.  ``detail`` says in words how they came about.
+    ``x`` make of the error.  What has no price stays in float.  ``traces`` is the mean curvature of an element, of
+    those that were priced by it.  ``detail`` says in words how they came about.
     """
 
     layout: Layout
     weights: Prices
     sites: Prices
     detail: str = ""
+    traces: Mapping[str, float] = field(default_factory=dict)
 
 
 def bit_prices(
@@ -68,6 +70,7 @@ def bit_prices(
     asymmetric: bool = False,
     rounding: str = "nearest",
     estimator: str = "auto",
+    probes: int = 1,
     temperature: float = 1.0,
     stop: Stop | None = None,
     seed: int = 0,
@@ -77,6 +80,7 @@ def bit_prices(
 
     Args:
         batches: gone through twice: for the ranges of activations (:data:`EXAMPLES` examples) and for the curvature.
+        probes: random vectors a batch, for estimators that need some.
         price: of weights: ``direction`` or ``trace`` (HAWQ-V2), see the module.  Activations are priced by their trace.
         in_float: names of weights and sites that stay in float and get no price.
         asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
@@ -100,7 +104,7 @@ def bit_prices(
     for name, by_bits in errors.items():
         measures |= _measures(name, by_bits, price)
     found = curvature.estimate(
-        probe, loss, batches, measures, estimator=estimator, temperature=temperature, seed=seed, stop=stop, progress=progress
+        probe, loss, batches, measures, estimator=estimator, probes=probes, temperature=temperature, seed=seed, stop=stop, progress=progress
     )
     if found.samples < 2:
         raise ValueError(
@@ -109,7 +113,15 @@ def bit_prices(
     of_weight = partial(_weight_prices, found, price)
     weights = {name: of_weight(name, by_bits) for name, by_bits in errors.items()}
     sites = {name: _site_prices(found, paths, seen[name], widths, name) for name, paths in modules.items()}
-    return BitPrices(layout(probe), weights, sites, str(found))
+    return BitPrices(what := layout(probe), weights, sites, str(found), _traces(found, what, modules, price))
+
+
+def _traces(found: curvature.Curvature, what: Layout, modules: Mapping[str, Sequence[str]], price: str) -> dict[str, float]:
+    """The mean of the diagonal of the curvature over the elements of every site, and of every weight that is priced by it."""
+    sizes = {w.name: w.size for w in what.weights} | {s.name: s.size for s in what.sites}
+    own = {w.name: [f"weight {w.name}"] for w in what.weights} if price == "trace" else {}
+    measures = {**own, **modules}
+    return {n: sum(float(found.mean[m][0]) for m in ms) / sizes[n] for n, ms in measures.items() if all(m in found.mean for m in ms)}
 
 
 def _probe(model: nn.Module, example: Example, in_float: Collection[str]) -> fx.GraphModule:
@@ -206,6 +218,7 @@ def prices_to_dict(prices: BitPrices) -> dict[str, Any]:
         "weights": table(prices.weights),
         "sites": table(prices.sites),
         "layout": asdict(prices.layout),
+        "traces": dict(prices.traces),
     }
 
 
@@ -222,7 +235,8 @@ def prices_from_dict(data: Mapping[str, Any]) -> BitPrices:
     if not isinstance(data, Mapping) or {k: data.get(k) for k in FORMAT} != FORMAT:
         raise ValueError(f"these are no prices of bits: expected {FORMAT}")
     try:
-        return BitPrices(_layout(data["layout"]), table(data["weights"]), table(data["sites"]), str(data["detail"]))
+        traces = {str(k): float(v) for k, v in data.get("traces", {}).items()}
+        return BitPrices(_layout(data["layout"]), table(data["weights"]), table(data["sites"]), str(data["detail"]), traces)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the prices of bits are damaged ({type(error).__name__}: {error}); have them made again") from None
 

@@ -28,6 +28,7 @@ from .quantization import QUANTIZED, check_choice, check_exports
 from .recipe import load_recipe
 from .recipe_files import shipped
 from .repairing import EXAMPLES
+from .reproduce.command import app as reproduced
 from .runs import FLOWS, PLAN, QUANTIZATION, open_run, require
 from .scores import METHODS, SHARED
 from .searching import check_budget
@@ -56,6 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network smaller and faster, guided by the curvature of its loss.",
 )
+app.add_typer(reproduced, name="reproduce")
 SCORE, BUDGET, RECOVERY = "Scores", options.BUDGET, "Recovery (without them the recipe's own settings)"
 
 

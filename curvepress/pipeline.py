@@ -242,8 +242,11 @@ class Outcome:
     kept: bool
 
 
-def run_stage(desk: Desk, stage: str, settings: Settings) -> Outcome:
+def run_stage(desk: Desk, stage: str, settings: Settings, work: Stage | None = None) -> Outcome:
     """Do a stage, whether or not it was done before.
+
+    Args:
+        work: what is done, where it is not what :data:`STAGES` has: it writes the same files.
 
     Raises:
         ValueError: if what it reads is missing, damaged or out of date, or the stage fails.
@@ -251,7 +254,7 @@ def run_stage(desk: Desk, stage: str, settings: Settings) -> Outcome:
     settings = _complete(desk.recipe, stage, settings)
     require(desk.run, stage)
     with metered() as taken, _blamed(desk, stage):
-        STAGES[stage](desk, settings)
+        (work or STAGES[stage])(desk, settings)
     run = finish(desk.run, stage, settings, taken)
     return Outcome(run, run.stages[stage], kept=False)
 
@@ -280,10 +283,11 @@ def _blamed(desk: Desk, stage: str) -> Iterator[None]:
         raise ValueError(f"{desk.recipe.name}: the stage {stage!r} failed: {desk.recipe.blame.said(error)}") from error
 
 
-def keep_stage(desk: Desk, stage: str, settings: Settings, *, again: bool = False) -> Outcome:
+def keep_stage(desk: Desk, stage: str, settings: Settings, *, again: bool = False, work: Stage | None = None) -> Outcome:
     """Do a stage, unless it is done: finished with these settings, from its inputs as they are now.
 
     Args:
+        work: as in :func:`run_stage`; the settings must tell it from any other.
         again: do it even where it was finished with other settings or its files were changed; without this, that is refused.
 
     Raises:
@@ -296,7 +300,7 @@ def keep_stage(desk: Desk, stage: str, settings: Settings, *, again: bool = Fals
         raise ValueError(
             f"{desk.run.folder} holds a run whose stage {stage!r} was done otherwise ({'; '.join(found)}); {_ways_out(desk.run, found)}"
         )
-    return run_stage(desk, stage, settings)
+    return run_stage(desk, stage, settings, work)
 
 
 def _ways_out(run: Run, found: Sequence[str]) -> str:

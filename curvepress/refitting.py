@@ -162,6 +162,15 @@ def fit_implants(
     return fitted
 
 
+def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of ``model`` = ``apply(original, plan)`` whose 1x1 filters are zero, as HAP's released code starts them."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in (names(weight, i)[1] for weight, i in plan.implants.items() if i.kind == "pointwise"):
+            model_tensors(copied)[name].zero_()
+    return copied
+
+
 def implant_prices(
     model: nn.Module,
     loss: Loss,

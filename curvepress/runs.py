@@ -69,7 +69,10 @@ QUANTIZATION: Mapping[str, Flow] = {
     ),
 }
 """The stages of quantization, likewise."""
-_FLOWS = {**FLOWS, **WEIGHING, **QUANTIZATION}
+_FIGURES = ("original.json", "metrics.json", "pruned.json", "repaired.json", "history.json", "scores.json", "bits.json", "quantized.json")
+REPRODUCTION: Mapping[str, Flow] = {"reproduce": Flow((), ("reproduction.json",), optional=(PLAN, *_FIGURES, "quantized.onnx"))}
+"""The stage that sets side by side what a published system made of a model."""
+_FLOWS = {**FLOWS, **WEIGHING, **QUANTIZATION, **REPRODUCTION}
 _MAKER = {name: stage for stage, flow in _FLOWS.items() for name in (*flow.writes, *flow.extra)}
 
 
@@ -222,6 +225,8 @@ def command(run: Run, stage: str) -> str:
         return f"`curvepress trace {run.recipe} --out {run.folder}`"
     if stage in WEIGHING:
         return f"`curvepress frontier {run.folder}`"
+    if stage in REPRODUCTION:
+        return "`curvepress reproduce` as before"
     if stage in QUANTIZATION:
         return f"`curvepress quantize` with --out {run.folder} and --again"
     return f"`curvepress {stage} {run.folder}`"

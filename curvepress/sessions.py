@@ -17,7 +17,7 @@ from .desk import Desk
 from .files import alone_in
 from .metering import clock
 from .objective import batch_loss
-from .pipeline import keep_stage, left_over, run_stage
+from .pipeline import Stage, keep_stage, left_over, run_stage
 from .planning import given_bits
 from .quantization import QUANTIZED, source_files
 from .recipe import Recipe, load_recipe
@@ -102,10 +102,10 @@ def done(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any]) -> Run
     return outcome.run
 
 
-def kept(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any], *, again: bool) -> Run:
-    """The run after a stage, which is done unless it was before."""
+def kept(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any], *, again: bool, work: Stage | None = None) -> Run:
+    """The run after a stage, which is done unless it was before; ``work`` is as in :func:`~.pipeline.run_stage`."""
     with bars(stage) as show:
-        outcome = keep_stage(Desk(run, task, show, partial(noted, stage)), stage, settings, again=again)
+        outcome = keep_stage(Desk(run, task, show, partial(noted, stage)), stage, settings, again=again, work=work)
     tell(stage, outcome)
     return outcome.run
 

@@ -109,6 +109,14 @@ def _may_be_cut(group: Group) -> str:
     return f"no: {group.frozen}" if group.frozen else "yes" if group.size > 1 else "no: one channel"
 
 
+def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; all but the first column are numbers."""
+    table = Table(*(Column(h, justify="right" if n else "left", no_wrap=not n, overflow="fold") for n, h in enumerate(heads)), box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
 def show_costs(before: Cost, after: Cost) -> None:
     """A table of the costs of the whole model and of a plan."""
     table = Table("", "original", "plan", "ratio")

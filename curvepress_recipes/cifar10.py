@@ -38,7 +38,7 @@ def model(trained: bool = True, depth: int = 20, data: str | None = None) -> nn.
     """
     network = ResNet(depth).eval()
     if trained:
-        _load(network, _folder(data) / "weights" / f"cifar10_resnet{depth}.safetensors")
+        _load(network, folder_of(data) / "weights" / f"cifar10_resnet{depth}.safetensors")
     return network
 
 
@@ -62,8 +62,8 @@ def batches(split: str, seed: int = 0, batch_size: int = 128, data: str | None =
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-    pixels, labels = _images(_folder(data), "train" if split == "calibration" else split)
-    learning, augment = split in ("train", "calibration"), _augmented if split == "train" else None
+    pixels, labels = _images(folder_of(data), "train" if split == "calibration" else split)
+    learning, augment = split in ("train", "calibration"), augmented if split == "train" else None
     return Minibatches(pixels, labels, batch_size, MEAN, STD, learning, augment, seed)
 
 
@@ -72,11 +72,17 @@ def evaluate(model: nn.Module, split: str, batch_size: int = 250, data: str | No
     return accuracy(model, batches(split, batch_size=batch_size, data=data))
 
 
-def _augmented(pixels: Tensor, chance: torch.Generator) -> Tensor:
+def augmented(pixels: Tensor, chance: torch.Generator) -> Tensor:
+    """Images mirrored at random and cropped from a border of 4 zeros."""
     return shifted(4)(flipped(pixels, chance), chance)
 
 
-def _folder(data: str | None) -> Path:
+def folder_of(data: str | None) -> Path:
+    """The data folder.
+
+    Raises:
+        ValueError: if none is named, or it does not exist.
+    """
     named = data or os.environ.get("CURVEPRESS_DATA")
     if not named:
         raise ValueError(f"name the folder of CIFAR-10 with the option data, or in the environment variable CURVEPRESS_DATA. {LAYOUT}")

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009) read from the layouts in which people keep it."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) read from the layouts in which people keep them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 SHAPE = (32, 32, 3)
-CLASSES = 10
+CLASSES, HUNDRED = 10, 100
 PLACES = (".", "cifar10", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin")
 PICKLES = ("data_batch_1", "cifar-10-batches-py/data_batch_1", "cifar10/cifar-10-batches-py/data_batch_1")
 BINARY_VERSION = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -33,22 +33,30 @@ class Part:
     images: np.ndarray | Sequence[bytes | Path]
     labels: np.ndarray
     source: Path
+    classes: int = CLASSES
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or not len(self.labels):
-            raise ValueError(f"{self.source} holds {len(self.images)} images and {len(self.labels)} labels; it is damaged or not CIFAR-10")
-        if self.labels.dtype.kind not in "iu" or self.labels.min() < 0 or self.labels.max() >= CLASSES:
-            raise ValueError(f"{self.source}: labels must be whole numbers from 0 to 9; found {np.unique(self.labels)[:20].tolist()}")
+            raise ValueError(
+                f"{self.source} holds {len(self.images)} images and {len(self.labels)} labels; it is damaged or not CIFAR-{self.classes}"
+            )
+        if self.labels.dtype.kind not in "iu" or self.labels.min() < 0 or self.labels.max() >= self.classes:
+            raise ValueError(
+                f"{self.source}: labels must be whole numbers from 0 to {self.classes - 1}; found {np.unique(self.labels)[:20].tolist()}"
+            )
         if isinstance(self.images, np.ndarray) and (self.images.dtype != np.uint8 or self.images.shape[1:] != SHAPE):
             raise ValueError(f"{self.source}: images must be uint8 [n, 32, 32, 3]; found {self.images.dtype} {list(self.images.shape)}")
 
 
-def find(root: Path, part: str) -> Part:
-    """The ``train`` or ``test`` part of the CIFAR-10 in ``root``, in the order of its files, not decoded yet.
+def find(root: Path, part: str, classes: int = CLASSES) -> Part:
+    """The ``train`` or ``test`` part of the CIFAR-10 in ``root``, in the order of its files, not decoded yet; of CIFAR-100 with its
+    ``classes``: as Parquet in ``cifar100``, or ``train.bin`` and ``test.bin`` in ``cifar-100-binary``.
 
     Raises:
         ValueError: if no known layout is there, or it is damaged.
     """
+    if classes == HUNDRED:
+        return _hundred(root, part)
     for place in PLACES:
         for read in (_parquet, _binary, _npz, _folders):
             found = read(root / place, part)
@@ -61,6 +69,15 @@ def find(root: Path, part: str) -> Part:
             f"code is in it; get the binary version instead, {BINARY_VERSION}, and unpack it in {root}"
         )
     raise ValueError(f"no CIFAR-10 {part} images in {root}. {LAYOUT}")
+
+
+def _hundred(root: Path, part: str) -> Part:
+    if found := _parquet(root / "cifar100", part, HUNDRED):
+        return found
+    if (path := root / "cifar-100-binary" / f"{part}.bin").exists():
+        records = _records(path, 2)  # the coarse label comes first
+        return Part(_images_of(records[:, 2:]), records[:, 1], path, HUNDRED)
+    raise ValueError(f"no CIFAR-100 {part} images in {root}; it must hold cifar100/{part}.parquet or cifar-100-binary/{part}.bin")
 
 
 def decode(part: Part, rows: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -89,8 +106,8 @@ def _pixels(image: Any, source: Path) -> np.ndarray:
     return pixels
 
 
-def _parquet(folder: Path, part: str) -> Part | None:
-    path = folder / f"{part}.parquet"
+def _parquet(folder: Path, part: str, classes: int = CLASSES) -> Part | None:
+    path, label = folder / f"{part}.parquet", "label" if classes == CLASSES else "fine_label"
     if not path.exists():
         return None
     try:
@@ -101,9 +118,11 @@ def _parquet(folder: Path, part: str) -> Part | None:
     try:
         table = pq.read_table(path)
         column = next(name for name in ("image", "img") if name in table.column_names)
-        return Part([row["bytes"] for row in table[column].to_pylist()], table["label"].to_numpy(), path)
+        return Part([row["bytes"] for row in table[column].to_pylist()], table[label].to_numpy(), path, classes)
     except (pa.ArrowException, OSError, KeyError, TypeError, StopIteration) as error:
-        raise ValueError(f"{path} is not CIFAR-10 in Parquet, with columns image (or img) and label, or is damaged ({error})") from None
+        raise ValueError(
+            f"{path} is not CIFAR-{classes} in Parquet, with columns image (or img) and {label}, or is damaged ({error})"
+        ) from None
 
 
 def _binary(folder: Path, part: str) -> Part | None:
@@ -115,11 +134,15 @@ def _binary(folder: Path, part: str) -> Part | None:
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; unpack {BINARY_VERSION} again")
     records = np.concatenate([_records(folder / name) for name in names])
-    return Part(np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0], folder)
+    return Part(_images_of(records[:, 1:]), records[:, 0], folder)
 
 
-def _records(path: Path) -> np.ndarray:
-    content, length = np.fromfile(path, np.uint8), 1 + 3 * 32 * 32
+def _images_of(channels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(channels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def _records(path: Path, labels: int = 1) -> np.ndarray:
+    content, length = np.fromfile(path, np.uint8), labels + 3 * 32 * 32
     if not len(content) or len(content) % length:
         raise ValueError(f"{path} has {len(content)} bytes, which is no multiple of {length}; it is damaged, get it again")
     return content.reshape(-1, length)

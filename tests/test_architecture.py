@@ -79,12 +79,15 @@ TABLE = {
     "artifacts files runs desk",
     "options": "allocation bitwidths requantization quantization",
     "searching": "structure plan costs scores alignment planner latency joint planning depth timetables artifacts runs desk",
-    "pipeline": "everything but terminal sessions options cli",
+    "pipeline": "everything but terminal sessions options reproduce cli",
     "terminal": "structure costs report desk pipeline",
     "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",
+    "reproduce": "structure objective files packing implants plan latency costs refitting curvature scores alignment planner batchnorm "
+    "training export stopwatch bitwidths allocation artifacts recipe runs settings desk timetables findings quantization "
+    "options pipeline terminal sessions",
     "cli": "everything",
     "__main__": "cli",
-    "__init__": "everything but pipeline terminal sessions options cli",
+    "__init__": "everything but pipeline terminal sessions options reproduce cli",
 }
 
 # Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
@@ -122,6 +125,7 @@ WRITERS = {
     "quantization",
     "planning",
     "pipeline",
+    "reproduce",
     "export",
     "stopwatch",
     "metering",

@@ -24,7 +24,7 @@ def hessian_trace(model: nn.Module, structure: Structure, task: Task) -> Scores:
     """
     weights = made_by(model, structure)
     makers = {g.name: [m for m in g.producers() if m.tensor in weights] for g in structure.free}
-    factors = {g: [_half_mean_square(m, weights[m.tensor]) for m in members] for g, members in makers.items()}
+    factors = {g: [half_mean_square(m, weights[m.tensor]) for m in members] for g, members in makers.items()}
     measures = {
         f"{g} {i}": curvature.Trace((part_of(m, weights[m.tensor]),), len(m.rows)) for g, own in makers.items() for i, m in enumerate(own)
     }
@@ -129,7 +129,8 @@ def _scores(found: Curvature, task: Task, method: str) -> Scores:
     return Scores(found.mean, found.stderr, method, LOSS_UNIT, found.samples, task.seed, "; ".join((str(found), *found.notes)))
 
 
-def _half_mean_square(member: Member, weight: Tensor) -> np.ndarray:
+def half_mean_square(member: Member, weight: Tensor) -> np.ndarray:
+    """``|w_c|^2 / (2 p_c)`` of every channel: what makes its price of the trace of its curvature."""
     return per_channel(member, weight.square()) / (2 * per_channel(member, torch.ones_like(weight)))
 
 
