@@ -147,7 +147,7 @@ def test_the_compressed_reader_is_quantized_and_takes_sentences_of_any_length(ru
     assert 0 < float((rounded - wanted).norm() / wanted.norm()) < 0.3
 
 
-def test_sums_stay_in_float_where_no_convolution_makes_or_reads_them() -> None:
+def test_sums_stay_in_float_where_products_are_not_of_convolutions() -> None:
     found = sums_in_float(layout(quantize(text_recipe.model(), Bits(), text_recipe.example())))
     assert found == ("add", "out", "add_1", "norm", "up", "down", "add_2")
     images = zoo.make("resnet_padded")

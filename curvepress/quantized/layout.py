@@ -137,11 +137,14 @@ def bits_from_json(text: str) -> Bits:
 
 
 def sums_in_float(layout: Layout) -> tuple[str, ...]:
-    """The sites of sums that no convolution makes or reads: kernels are integer without a grid there too.
+    """The sites of sums that no convolution makes or reads, in models of which convolutions are the smaller part: kernels are integer
+    without a grid there too.
 
     Residual streams of transformers hold outliers, which a grid for the whole tensor pays for with the accuracy of everything else.
     """
     convolved = {p.weight for p in layout.products if p.operator.startswith("conv")}
+    if 2 * sum(p.macs for p in layout.products if p.weight in convolved) > sum(p.macs for p in layout.products):
+        return ()
     return tuple(s.name for s in layout.sites if s.role == "sum" and not convolved & set(s.weights))
 
 
