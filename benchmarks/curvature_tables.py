@@ -33,9 +33,11 @@ def _costs(records: Sequence[Record]) -> None:
     heads = ("way", "n", "CPU s, one probe or all", "first in its process", "in HAP probes", "HAP to ρ 0.95 takes", "peak above idle, MiB")
     print("|", " | ".join((*heads, "against HAP", "ρ same images", "ρ population")), "|")
     print("|---" * (len(heads) + 3) + "|")
+    last = [r for r in records if "round" in r][-1].get("code")
     for mode, rows in cells.items():
         if rows:
-            print("|", " | ".join(_row(mode, rows, (cost, memory, whole))), "|")
+            name = mode if rows[0].get("code") == last else f"{mode}, older code"
+            print("|", " | ".join([name, *_row(mode, rows, (cost, memory, whole))]), "|")
 
 
 def _row(mode: str, rows: Sequence[Record], hap: tuple[float, float, float]) -> list[str]:
@@ -46,7 +48,7 @@ def _row(mode: str, rows: Sequence[Record], hap: tuple[float, float, float]) -> 
     times = f"{whole / median(seconds):,.0f}×" if ranks else "–"
     cost = [_spread(seconds, ".3g"), format(median(r["steps"][0] for r in rows), ".3g"), f"{median(seconds) / each:.2f}", times]
     room = [_spread(peak, ".0f"), f"{100 * (median(peak) / memory - 1):+.0f} %"]
-    return [mode, str(len(rows)), *cost, *room, _agreement(rows, "same"), _agreement(rows, "population")]
+    return [str(len(rows)), *cost, *room, _agreement(rows, "same"), _agreement(rows, "population")]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
