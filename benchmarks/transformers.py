@@ -189,7 +189,7 @@ def latency(seeds: list[int], methods: list[str]) -> None:
 
 def _raced(task: Task, paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {name: {} for name in paths}
-    for t in compare_latency(paths, tree_map(Tensor.numpy, task.timed()), batches=(1, 16), seconds=110.0):
+    for t in compare_latency(paths, tree_map(Tensor.numpy, task.timed()), batches=(1, 16), seconds=50.0):
         found[t.name] |= {f"ms{t.batch}": t.wall.median, f"ratio{t.batch}": [t.ratio.low, t.ratio.median, t.ratio.high]}
     return found
 

@@ -31,6 +31,7 @@ def table() -> None:
             some = [r for r in own if "method" in r and "share" in r and (task != "sst2" or r["what"] == heading)]
             if some:
                 _print(HEADINGS.get(heading, heading), some, whole, speeds)
+        _lead(own)
         _recoveries([r for r in own if r["what"] == "recovery"])
         _choices([r for r in own if r["what"] == "choice"])
     _milliseconds(speeds)
@@ -57,6 +58,21 @@ def _cells(own: list[records.Record], whole: records.Record, speeds: Speeds) -> 
     accuracies = [_spread([r[k]["accuracy"] for r in own]) if k in own[0] else "–" for k in STAGES]
     raced = speeds.get((own[0]["task"], file_of({**own[0], "seed": 0})))
     return [*sizes, *accuracies, *(_quartiles(raced[f"ratio{b}"]) if raced else "–" for b in (1, 16))]
+
+
+def _lead(rows: Sequence[records.Record]) -> None:
+    """By how much curvature is ahead of scores by gradients, in points of accuracy over the seeds that both have."""
+    found = {(r["what"], r["method"], r["share"], r["seed"]): r for r in rows if "method" in r and "before" in r}
+    lines = []
+    for what, share, stages in (("heads", 0.6, STAGES[::2]), ("encoder", 0.4, STAGES), ("encoder, not repaired", 0.4, STAGES[2:])):
+        for method in ("michel", "nvit"):
+            seeds = [n for w, m, s, n in found if (w, m, s) == (what, method, share) and (w, "mask_curvature", s, n) in found]
+            pairs = [(found[what, "mask_curvature", share, n], found[what, method, share, n]) for n in seeds]
+            ahead = {k: mean(a[k]["accuracy"] - b[k]["accuracy"] for a, b in pairs) for k in stages if pairs}
+            cells = [f"{ahead[k]:+.2f}" if k in ahead else "–" for k in STAGES]
+            lines += [f"| {what} | {method} | {len(seeds)} | " + " | ".join(cells) + " |"] if seeds else []
+    if lines:
+        print("\n| points ahead | of | seeds | pruned | repaired | recovered |\n|---|---|---|---|---|---|", *lines, sep="\n")
 
 
 def _choices(rows: Sequence[records.Record]) -> None:

@@ -57,11 +57,13 @@ def test_the_table_has_means_and_spreads(capsys: pytest.CaptureFixture[str]) -> 
         key = {"task": "sst2", "what": "heads", "method": "michel", "share": 0.6, "seed": seed}
         row = {"before": {"accuracy": 70.0}, "after": {"accuracy": accuracy}, **sizes}
         records.once(transformers_table.FILE, key, lambda row=row: row)
+        records.once(transformers_table.FILE, {**key, "method": "mask_curvature"}, lambda row=row: {**row, "before": {"accuracy": 71.5}})
     speed = {"ratio1": [0.7, 0.75, 0.8], "ratio16": [0.6, 0.65, 0.7]}
     records.once(transformers_table.SPEEDS, {"task": "sst2", "model": "heads-michel-0.6-0"}, lambda: speed)
     transformers_table.table()
     lines = capsys.readouterr().out.splitlines()
     assert "**sst2**: 91.00 %, 100 parameters, 2.0 M MACs" in lines
+    assert "| heads | michel | 2 | +1.50 | – | +0.00 |" in lines
     assert "| 60% | michel | 2 | 50.0% | 50.0% | 70.00 ± 0.00 | – | 81.00 ± 1.00 | 0.75 (0.70–0.80) | 0.65 (0.60–0.70) |" in lines
 
 
