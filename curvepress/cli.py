@@ -203,7 +203,7 @@ def score(
 ) -> None:  # fmt: skip
     """Predict what removing each channel costs.  Under torchrun the processes share out the batches; the folder must be on a
     disk that all of them see."""
-    method = method_of(method, processes=workers().count)
+    method = method_of(method, repaired=True)
     if workers().count > 1 and method not in SHARED:
         _refuse(f"`score --method {method}` is the work of one process; run it without torchrun, or choose one of {', '.join(SHARED)}")
     settings = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,

@@ -191,13 +191,12 @@ def _limit(name: str, text: str) -> float | int:
     raise ValueError(f"--{name} must be a share above 0 and up to 1 (0.5 or 50%), or a whole number above 1; got {text!r}")
 
 
-def method_of(given: str | None, *, repaired: bool = True, processes: int = 1) -> str:
-    """The score that is asked for, else the price of a channel as the stages after it leave it.
+def method_of(given: str | None, *, repaired: bool) -> str:
+    """The score that is asked for, else the price of a channel as later stages leave it: the one after repair where there is one.
 
-    That is the price after repair where the model is repaired, and the price before it otherwise: beside prices of bits, which have no
-    repair in them, and in several processes, which can only share out the work of the latter.
+    Beside prices of bits, which have no repair in them, it is the price before.
     """
-    return given or ("reconstruction" if repaired and processes == 1 else "mask_curvature")
+    return given or ("reconstruction" if repaired else "mask_curvature")
 
 
 def tuning(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:

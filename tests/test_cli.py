@@ -146,16 +146,10 @@ def test_prices_after_repair_are_held_against_repaired_models(first: Path):
 
 
 @pytest.mark.parametrize(
-    ("given", "repaired", "processes", "method"),
-    [
-        (None, True, 1, "reconstruction"),
-        (None, False, 1, "mask_curvature"),
-        (None, True, 2, "mask_curvature"),
-        ("taylor", True, 1, "taylor"),
-    ],
+    ("given", "repaired", "method"), [(None, True, "reconstruction"), (None, False, "mask_curvature"), ("taylor", True, "taylor")]
 )
-def test_the_price_is_that_of_what_is_done_afterwards(given: str | None, repaired: bool, processes: int, method: str):
-    assert method_of(given, repaired=repaired, processes=processes) == method
+def test_the_price_is_that_of_what_is_done_afterwards(given: str | None, repaired: bool, method: str):
+    assert method_of(given, repaired=repaired) == method
 
 
 def test_the_same_command_again_keeps_everything(first: Path, quick: None):

@@ -54,7 +54,14 @@ def typed(*args: object) -> Any:
 
 def test_two_processes_score_as_one(traced: Path, tmp_path: Path) -> None:
     one, two = (Path(shutil.copytree(traced, tmp_path / name)) for name in ("one", "two"))
-    settings = ("--samples", 3, "--seed", 5)  # of four batches: one process makes two samples and the other one
+    settings = (
+        "--method",
+        "mask_curvature",
+        "--samples",
+        3,
+        "--seed",
+        5,
+    )  # of four batches: one process makes two samples and the other one
     assert typed("score", one, *settings).exit_code == 0
     done = launched("-m", "curvepress", "score", two, *settings)
     assert done.returncode == 0, done.stderr
@@ -66,7 +73,7 @@ def test_two_processes_score_as_one(traced: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_first_process_refuses_is_said_once(tmp_path: Path) -> None:
-    done = launched("-m", "curvepress", "score", tmp_path)
+    done = launched("-m", "curvepress", "score", tmp_path, "--method", "mask_curvature")
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("curvepress: ")]
     assert len(said) == 1 and "holds no run" in said[0], done.stderr
@@ -78,6 +85,7 @@ def test_what_the_first_process_refuses_is_said_once(tmp_path: Path) -> None:
     ("args", "complaint"),
     [
         (("plan", "{run}", "--params", "0.5"), "`plan` is the work of one process; run it without torchrun, which only `score` can use"),
+        (("score", "{run}"), "`score --method reconstruction` is the work of one process; run it without torchrun, or choose one of"),
         (
             ("score", "{run}", "--method", "taylor"),
             "`score --method taylor` is the work of one process; run it without torchrun",
