@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import records, reproduce, reproduce_plots
-from benchmarks.reproduce_channels import AGREED, LEFT, NETS, TRACES, WAYS, borrowed
+from benchmarks.reproduce_channels import AGREED, LEFT, NETS, SHOWN, TRACES, borrowed
 from benchmarks.reproduce_pipelines import VIT
 from curvepress.files import write_text
 from curvepress.reproduce import SYSTEMS, Preset
@@ -41,7 +41,7 @@ def channels(rows: Rows) -> str:
     parts = []
     for network in (n for n in NETS if any(r["network"] == n for r in rows)):
         lines = []
-        for left, way in ((left, way) for left in LEFT for way in WAYS):
+        for left, way in ((left, way) for left in LEFT for way in SHOWN):
             own = [r for r in rows if (r["network"], r["left"], r["way"]) == (network, left, way)]
             if own:
                 shares = [spread([100 * r[k] for r in own if k in r], "{:.1f}") for k in ("params", "macs", "gone", "pointwise")]

@@ -15,10 +15,20 @@ from curvepress_recipes.weights import file_of
 
 Key = Mapping[str, Any]
 MODELS = Path("runs/benchmarks/reproduce")
-EHAP = (
-    "reproduce ehap cifar10 --option depth={depth} --params {left} --corrected --precision {precision} --probes 16 --examples 128 "
-    "--epochs 1 --lr 0.01 --qat-epochs 1 --arithmetic bfloat16 --seed {seed}"
+EHAP = "reproduce ehap {recipe} --params {left} --corrected --precision {precision} --examples 128 --probes {how} --seed {seed}"
+RECIPES = {"digits": "digits", "ResNet-32": "cifar10 --option depth=32", "ResNet-56": "cifar10 --option depth=56"}
+HOW = {
+    "digits": "32 --epochs 5 --lr 0.02 --qat-epochs 2",
+    **dict.fromkeys(("ResNet-32", "ResNet-56"), "16 --epochs 1 --lr 0.01 --qat-epochs 1 --arithmetic bfloat16"),
+}
+"""Random vectors and training that a network gets."""
+WHOLE = (
+    ("digits", 0.3, "float16", -10),
+    ("ResNet-32", 0.5, "bfloat16", 17),
+    ("ResNet-32", 0.1, "bfloat16", 18),
+    ("ResNet-56", 0.5, "bfloat16", 23),
 )
+"""Networks, shares of the parameters, precision of the passes, and rank."""
 NVIT = "reproduce nvit cifar10_vit --latency {left} --samples 32 --eta {eta} --epochs 1 --lr 0.0005 --distill 0 --seed {seed}"
 OURS = (
     "compress cifar10_vit --latency {left} --method {method} --samples 32 --repair-examples {repair} --epochs 1 --lr 0.0005 "
@@ -37,9 +47,9 @@ VIT = (
 
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     """``(rank, key, measure)``."""
-    for depth, left, precision in ((32, 0.5, "bfloat16"), (32, 0.1, "bfloat16"), (56, 0.5, "bfloat16")):
-        command = EHAP.format(depth=depth, left=left, precision=precision, seed=0)
-        yield 9 + depth // 4, {"part": "pipeline", "depth": depth, "left": left, "precision": precision, "seed": 0, "command": command}, ran
+    for network, left, precision, rank in WHOLE:
+        command = EHAP.format(recipe=RECIPES[network], left=left, precision=precision, how=HOW[network], seed=0)
+        yield rank, {"part": "pipeline", "network": network, "left": left, "seed": 0, "command": command}, ran
     for way, command, options in VIT:
         full = command.format(left=0.6, seed=0, **options)
         yield 7, {"part": "nvit", "way": way, "left": 0.6, "seed": 0, "command": full}, ran

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import records
 from benchmarks.reproduce_bits import WAYS as BITS
-from benchmarks.reproduce_channels import WAYS as CHANNELS
+from benchmarks.reproduce_channels import SHOWN as CHANNELS
 
 Rows = list[records.Record]
 mpl.rcParams.update({"svg.hashsalt": "curvepress", "svg.fonttype": "none", "font.size": 9})
