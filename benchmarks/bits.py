@@ -21,12 +21,12 @@ import torch
 
 from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS
-from curvepress.allocation import Allocation, allocate, uniform
-from curvepress.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
 from curvepress.curvature import Stop
 from curvepress.files import write_text
-from curvepress.quantized import calibrate, observe, quantize
-from curvepress.requantization import requantize
+from curvepress.quantization.allocation import Allocation, allocate, uniform
+from curvepress.quantization.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
+from curvepress.quantization.quantized import calibrate, observe, quantize
+from curvepress.quantization.requantization import requantize
 
 FILE = Path(__file__).parent / "results" / "bits.jsonl"
 AVERAGES = (3, 2.5, 4)

@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from benchmarks import peer, records
-from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.plan import Plan
-from curvepress.planner import at_most, search
-from curvepress.repairing import repair
+from curvepress.planner.channels import at_most, search
+from curvepress.repairing.sequential import repair
 from curvepress.scores import score
-from curvepress.surgery import apply
-from curvepress.tracing import trace
-from curvepress.training import fit
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
+from curvepress.training.batchnorm import reestimate
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10 as recipe
 
 HERE = Path(__file__).parent / "results"

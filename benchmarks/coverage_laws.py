@@ -15,14 +15,14 @@ from torch import nn
 
 from benchmarks.coverage_cases import Case, make
 from benchmarks.records import Record
-from curvepress.alignment import Shape
 from curvepress.costs import cost
-from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan
+from curvepress.planner.alignment import Shape
 from curvepress.structure import Group, Structure
-from curvepress.surgery import applied
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import applied
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 PLANS = 2
 TOLERANCE = 1e-9

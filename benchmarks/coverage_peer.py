@@ -22,11 +22,11 @@ from torch import nn
 from benchmarks.coverage_cases import Case, make
 from benchmarks.coverage_laws import TOLERANCE, distance
 from benchmarks.records import Record
-from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan
 from curvepress.structure import Group, Member, Structure, TensorSpec
-from curvepress.tracing import model_tensors
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import model_tensors
 
 GROUPS = 16
 """How many of a model's groups are tried, evenly spread over it."""

@@ -26,20 +26,20 @@ import torch
 from torch import nn
 
 from benchmarks import records
-from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.curvature import Stop
 from curvepress.implants import Implant, RankPrice, full_rank, low_rank_sizes
 from curvepress.objective import Batches
 from curvepress.plan import Plan, lost, tensors_after
-from curvepress.planner import at_most, search
-from curvepress.refitting import fit_implants, implant_prices
-from curvepress.repairing import repair
+from curvepress.planner.channels import at_most, search
+from curvepress.repairing.refitting import fit_implants, implant_prices
+from curvepress.repairing.sequential import repair
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
-from curvepress.training import fit
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
+from curvepress.training.batchnorm import reestimate
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "implants.jsonl"

@@ -30,26 +30,26 @@ from benchmarks import records
 from benchmarks.networks import NETWORKS as NETS
 from benchmarks.networks import labels, percent, predictions
 from benchmarks.networks import original as original_file
-from curvepress.alignment import Shape
-from curvepress.artifacts import save
 from curvepress.bitplan import FLOAT, Multiplication, Wiring
-from curvepress.bitwidths import BitPrices, Price, bit_prices
 from curvepress.costs import cost
 from curvepress.curvature import Stop
-from curvepress.exactly import exact
 from curvepress.export import compare_latency, to_onnx
 from curvepress.export.integers import to_integer_onnx
-from curvepress.joint import Bitwidths, Exchange, Probe, choose, exchange_rates, family, joint_problem, search_jointly
 from curvepress.plan import Plan, after, tensors_after
-from curvepress.planner import at_most, search
-from curvepress.quantized import Layout, Weight, calibrate, packed, quantize
-from curvepress.repairing import repair
+from curvepress.planner.alignment import Shape
+from curvepress.planner.channels import at_most, search
+from curvepress.planner.exactly import exact
+from curvepress.planner.joint import Bitwidths, Exchange, Probe, choose, exchange_rates, family, joint_problem, search_jointly
+from curvepress.planner.wiring import bits_of_plan, wiring
+from curvepress.quantization.bitwidths import BitPrices, Price, bit_prices
+from curvepress.quantization.quantized import Layout, Weight, calibrate, packed, quantize
+from curvepress.repairing.sequential import repair
+from curvepress.runs.artifacts import save
 from curvepress.scores import LOSS_UNIT, Scores, score
 from curvepress.structure import Group, Member, Structure, TensorSpec
-from curvepress.surgery import apply
-from curvepress.tracing import trace
-from curvepress.training import fit
-from curvepress.wiring import bits_of_plan, wiring
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10 as recipe
 
 FILE, MODELS = Path(__file__).parent / "results" / "joint.jsonl", Path("runs/benchmarks/joint")

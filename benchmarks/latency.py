@@ -28,13 +28,13 @@ from curvepress.costs import cost
 from curvepress.export.integers import to_integer_onnx
 from curvepress.latency import FLOAT, Layer, Machine, Table, model_seconds
 from curvepress.plan import Plan, tensors_after
-from curvepress.planner import at_most, search
-from curvepress.quantized import Bits, calibrate, quantize
+from curvepress.planner.channels import at_most, search
+from curvepress.quantization.quantized import Bits, calibrate, quantize
 from curvepress.scores import score
 from curvepress.stopwatch import RUNTIMES, Case, calibrated, layers_of, machine, measured_table, met
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
 from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "latency.jsonl"

@@ -26,14 +26,14 @@ from torch import nn
 
 from benchmarks import records
 from benchmarks.refit import grams, refitted
-from curvepress.batchnorm import reestimate
 from curvepress.curvature import spearman
 from curvepress.objective import batch_loss, batch_size
 from curvepress.plan import Plan, lost
-from curvepress.planner import at_most, search
+from curvepress.planner.channels import at_most, search
 from curvepress.scores import LOSS_UNIT, Scores, joint_rise, predicted_rise, score
 from curvepress.structure import Structure
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
+from curvepress.training.batchnorm import reestimate
 from curvepress_recipes import cifar10, imagenette, sst2
 
 FILE = Path(__file__).parent / "results" / "prices.jsonl"

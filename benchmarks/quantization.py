@@ -30,12 +30,12 @@ from benchmarks import quantizers as peers
 from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS, float_accuracy, labels, original, percent, predictions, simulated
 from benchmarks.quantization_table import required, table
-from curvepress.bitwidths import layout_of
 from curvepress.export.integers import to_integer_onnx
-from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize, sums_in_float
-from curvepress.quantized.modules import ActivationQuantizer, quantizers
-from curvepress.requantization import ROUNDINGS, requantize
-from curvepress.training import Epoch, fit
+from curvepress.quantization.bitwidths import layout_of
+from curvepress.quantization.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize, sums_in_float
+from curvepress.quantization.quantized.modules import ActivationQuantizer, quantizers
+from curvepress.quantization.requantization import ROUNDINGS, requantize
+from curvepress.training.fitting import Epoch, fit
 
 FILE = Path(__file__).parent / "results" / "quantization.jsonl"
 EXAMPLES = 512

@@ -29,7 +29,7 @@ from benchmarks.quantization import bits
 from benchmarks.quantization_table import show
 from curvepress.export import compare_latency
 from curvepress.export.latency import Timing
-from curvepress.quantized import calibrate, quantize
+from curvepress.quantization.quantized import calibrate, quantize
 
 FILE = Path(__file__).parent / "results" / "quantization_speed.jsonl"
 BATCHES = (1, 32)

@@ -9,10 +9,10 @@ from itertools import islice
 import torch
 from torch import nn
 
-from curvepress.grams import Gram, add_grams
 from curvepress.objective import Batches
 from curvepress.plan import Plan, edits
 from curvepress.scores.elimination import damped
+from curvepress.scores.grams import Gram, add_grams
 
 RIDGE = 1e-4
 

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from benchmarks import peer, records
-from curvepress.batchnorm import reestimate
 from curvepress.costs import Cost, cost
-from curvepress.depth import around, shorten
 from curvepress.plan import Plan
-from curvepress.planner import search
-from curvepress.repairing import repair
+from curvepress.planner.channels import search
+from curvepress.planner.depth import around, shorten
+from curvepress.repairing.sequential import repair
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
+from curvepress.training.batchnorm import reestimate
 from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "repair.jsonl"

@@ -12,12 +12,12 @@ from torch import nn
 from benchmarks import records
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.quantization import EXAMPLES, TRAINING, Eighth
-from curvepress.allocation import Allocation, allocate, allocation, bits_by_name
-from curvepress.bitwidths import BitPrices, bit_prices
 from curvepress.curvature import Stop
-from curvepress.quantized import calibrate, observe, quantize
+from curvepress.quantization.allocation import Allocation, allocate, allocation, bits_by_name
+from curvepress.quantization.bitwidths import BitPrices, bit_prices
+from curvepress.quantization.quantized import calibrate, observe, quantize
 from curvepress.reproduce import hawq_v2
-from curvepress.training import fit
+from curvepress.training.fitting import fit
 from curvepress_recipes import digits
 
 Key = Mapping[str, Any]

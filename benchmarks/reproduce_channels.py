@@ -14,23 +14,23 @@ from torch import nn
 
 from benchmarks import peer, records
 from benchmarks.cifar10 import FILE as CIFAR10
-from curvepress.batchnorm import reestimate
 from curvepress.costs import cost
 from curvepress.curvature import spearman
 from curvepress.objective import Batches
 from curvepress.plan import Plan, lost
-from curvepress.planner import at_most, search
-from curvepress.refitting import zeroed
-from curvepress.repairing import repair
+from curvepress.planner.channels import at_most, search
+from curvepress.repairing.refitting import zeroed
+from curvepress.repairing.sequential import repair
 from curvepress.reproduce.ehap import released_traces
 from curvepress.reproduce.hap import relative_traces
 from curvepress.reproduce.sampling import apart, one_batch
 from curvepress.reproduce.thresholds import Rule, shares, within
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
-from curvepress.training import fit
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
+from curvepress.training.batchnorm import reestimate
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10, digits
 
 Key = Mapping[str, Any]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from curvepress.quantizer import Scheme, dequantize, fit_grid
-from curvepress.rounding import fit_and_round, gram_convolution, gram_linear, output_error, round_weight
+from curvepress.quantization.quantizer import Scheme, dequantize, fit_grid
+from curvepress.quantization.rounding import fit_and_round, gram_convolution, gram_linear, output_error, round_weight
 from curvepress_recipes import cifar10
 
 FILE = Path(__file__).parent / "results" / "rounding.jsonl"

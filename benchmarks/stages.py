@@ -29,7 +29,7 @@ def run() -> None:
 
 def _measured(depth: int) -> records.Record:
     folder = Path("runs/benchmarks") / f"stages-{depth}"
-    command = ["-m", "curvepress.cli", "compress", "cifar10", "--option", f"depth={depth}", *SETTINGS, "--out", str(folder)]
+    command = ["-m", "curvepress.commands.cli", "compress", "cifar10", "--option", f"depth={depth}", *SETTINGS, "--out", str(folder)]
     subprocess.run([sys.executable, *command], check=True)
     return {"stages": json.loads((folder / "metrics.json").read_text())["stages"]}
 

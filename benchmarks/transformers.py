@@ -47,9 +47,9 @@ from curvepress.costs import cost
 from curvepress.export import compare_latency, to_onnx
 from curvepress.latency import Table
 from curvepress.plan import Plan, from_json
-from curvepress.planner import at_most, search
+from curvepress.planner.channels import at_most, search
 from curvepress.stopwatch import cached_table, machine, met
-from curvepress.surgery import applied
+from curvepress.surgery.cutting import applied
 
 METHODS = ("mask_curvature", "michel", "magnitude", "random")
 WIDE = ("mask_curvature", "reconstruction", "michel", "nvit", "magnitude", "random")

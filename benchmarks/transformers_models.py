@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from curvepress.artifacts import load_scores, save_scores
 from curvepress.costs import cost
 from curvepress.files import write_text
 from curvepress.plan import Plan, tensors_after, to_json
-from curvepress.repairing import repair
+from curvepress.repairing.sequential import repair
+from curvepress.runs.artifacts import load_scores, save_scores
 from curvepress.scores import Scores, score
 from curvepress.structure import Structure
-from curvepress.surgery import applied
-from curvepress.tracing import trace
-from curvepress.training import fit
+from curvepress.surgery.cutting import applied
+from curvepress.tracing.watching import trace
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10_vit, sst2
 
 HERE, MODELS = Path(__file__).parent / "results", Path("runs/benchmarks/transformers")

@@ -8,18 +8,18 @@ small     = fit(small, loss, train, epochs=3, lr=0.01).model
 save(small, "small.safetensors")                                  # and back: restore(fresh_model, plan, "small.safetensors")
 """
 
-from .artifacts import restore, save
-from .batchnorm import reestimate
 from .costs import Cost, cost
 from .export import to_onnx
 from .plan import Plan
-from .planner import at_most, search
-from .repairing import repair
+from .planner.channels import at_most, search
+from .repairing.sequential import repair
+from .runs.artifacts import restore, save
 from .scores import Scores, score
 from .structure import Structure
-from .surgery import apply
-from .tracing import trace
-from .training import fit
+from .surgery.cutting import apply
+from .tracing.watching import trace
+from .training.batchnorm import reestimate
+from .training.fitting import fit
 
 __all__ = [
     "Cost", "Plan", "Scores", "Structure",

@@ -1,5 +1,5 @@
 """``python -m curvepress``, which torchrun needs."""
 
-from .cli import main
+from .commands.cli import main
 
 main()

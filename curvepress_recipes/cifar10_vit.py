@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvepress.training import Fitted, fit
+from curvepress.training.fitting import Fitted, fit
 from curvepress_recipes import weights
 from curvepress_recipes.cifar10 import batches, evaluate, example, loss
 from curvepress_recipes.vit import ViT

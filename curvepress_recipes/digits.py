@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvepress.training import fit
+from curvepress.training.fitting import fit
 from curvepress_recipes.images import Minibatches, accuracy, shifted
 
 RECOVERY: dict[str, Any] = {"epochs": 5, "lr": 0.02, "distill": 0.9}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvepress.training import Fitted, fit
+from curvepress.training.fitting import Fitted, fit
 from curvepress_recipes import weights
 from curvepress_recipes.images import accuracy
 

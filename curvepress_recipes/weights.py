@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from curvepress.files import write_bytes
-from curvepress.training import Epoch, Fitted
+from curvepress.training.fitting import Epoch, Fitted
 
 Train = Callable[..., Fitted]
 """``(checkpoints=folder, progress=function, **settings) -> Fitted``."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from curvepress.bitplan import Wiring
-from curvepress.bitwidths import BitPrices, Price, layout_of
+from curvepress.planner.wiring import wiring
+from curvepress.quantization.bitwidths import BitPrices, Price, layout_of
 from curvepress.scores import LOSS_UNIT, Scores
 from curvepress.structure import Structure
-from curvepress.tracing import trace
-from curvepress.wiring import wiring
+from curvepress.tracing.watching import trace
 
 WIDTHS = (2, 3, 4, 8)
 

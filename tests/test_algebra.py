@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curvepress.algebra import Atoms, empty, joined, merged
+from curvepress.tracing.algebra import Atoms, empty, joined, merged
 
 
 def labels(atoms: Atoms, array: np.ndarray) -> list[set[int]]:

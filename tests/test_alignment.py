@@ -7,14 +7,14 @@ import pytest
 import torch
 from attention_zoo import Separate, make_block
 
-from curvepress.alignment import Shape, head_widths
 from curvepress.costs import cost
 from curvepress.plan import Plan, kept
-from curvepress.planner import at_most, search
+from curvepress.planner.alignment import Shape, head_widths
+from curvepress.planner.channels import at_most, search
 from curvepress.scores import Scores
 from curvepress.structure import Structure
-from curvepress.surgery import applied
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import applied
+from curvepress.tracing.watching import trace
 
 X = torch.randn(3, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

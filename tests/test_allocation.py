@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from curvepress import solver
-from curvepress.allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
-from curvepress.bitwidths import BitPrices, Price, prices_from_dict, prices_to_dict
-from curvepress.packing import packed_size
-from curvepress.pareto import frontier
-from curvepress.quantized import Bits, Layout, Product, Site, Weight, bits_from_json
+from curvepress.quantization.allocation import Allocation, allocate, allocation, refuse_unrunnable, runnable, uniform
+from curvepress.quantization.bitwidths import BitPrices, Price, prices_from_dict, prices_to_dict
+from curvepress.quantization.packing import packed_size
+from curvepress.quantization.pareto import frontier
+from curvepress.quantization.quantized import Bits, Layout, Product, Site, Weight, bits_from_json
 
 WIDTHS = (2, 3, 4, 8)
 ACTIVATIONS = (4, 8)

@@ -12,128 +12,74 @@ from scripts import house
 TABLE = {
     "structure": "",
     "objective": "",
-    "algebra": "",
     "files": "",
     "metering": "",
-    "quantizer": "",
-    "rounding": "quantizer",
-    "packing": "quantizer files",
-    "implants": "structure",
-    "layers": "",
-    "truncation": "",
+    "solver": "",
     "bitplan": "",
+    "implants": "structure",
     "plan": "structure implants bitplan",
     "latency": "structure",
     "costs": "structure plan bitplan latency",
-    "branches": "structure",
-    "labelling": "structure algebra branches",
-    "operators": "algebra labelling",
-    "tracing": "structure plan objective algebra branches labelling operators",
-    "masking": "plan objective labelling operators tracing",
-    "widths": "labelling tracing",
-    "graphs": "objective tracing",
-    "skipping": "plan branches operators graphs",
-    "rewriting": "plan labelling tracing algebra graphs skipping",
-    "implanting": "implants plan tracing layers truncation",
-    "surgery": "structure plan objective labelling tracing masking widths rewriting implanting",
-    "refitting": "implants plan structure objective rounding curvature tracing surgery implanting truncation",
     "curvature": "objective",
-    "grams": "objective tracing",
-    "gates": "structure objective",
-    "scores": "structure plan curvature objective grams gates",
-    "alignment": "structure",
-    "blocks": "structure plan latency scores alignment",
-    "planner": "structure plan costs latency scores alignment blocks",
-    "batchnorm": "objective",
-    "depth": "structure plan costs scores objective masking tracing batchnorm planner",
-    "checkpointing": "files",
-    "training": "objective checkpointing",
-    "quantized": "objective graphs quantizer packing",
-    "export": "objective quantizer quantized",
-    "stopwatch": "structure plan costs planner latency graphs export files",
-    "bitwidths": "curvature objective quantized quantizer requantization",
-    "solver": "",
-    "allocation": "bitwidths packing quantized solver",
-    "pareto": "allocation bitwidths packing quantized",
-    "wiring": "objective bitplan costs plan structure quantized",
-    "ladders": "structure scores alignment",
-    "tradeoffs": "structure plan costs bitplan ladders",
-    "sweep": "bitplan tradeoffs",
-    "exactly": "bitplan tradeoffs solver",
-    "joint": "structure plan costs scores alignment planner bitplan bitwidths ladders tradeoffs sweep",
-    "requantization": "objective graphs quantizer rounding quantized",
-    "stepping": "objective graphs quantized",
-    "repairing": "objective plan quantized stepping",
+    "training": "objective files",
+    "tracing": "objective structure plan",
+    "surgery": "objective structure implants plan tracing",
+    "scores": "objective structure plan curvature tracing",
+    "quantization": "objective files solver curvature tracing",
+    "export": "objective quantization",
     "report": "structure plan costs scores",
-    "artifacts": "structure plan curvature scores tracing surgery files",
-    "recipe_files": "",
-    "recipe": "objective recipe_files",
-    "runs": "plan files artifacts metering",
-    "settings": "planner joint stopwatch recipe training",
-    "desk": "structure objective plan artifacts recipe runs",
-    "timetables": "structure plan planner latency scores alignment blocks stopwatch surgery artifacts desk",
-    "findings": "plan costs artifacts report desk runs",
-    "quantization": "plan files metering quantized curvature training export recipe artifacts runs settings desk "
-    "bitwidths allocation requantization",
-    "planning": "structure plan costs scores alignment batchnorm depth bitplan bitwidths joint wiring curvature quantized surgery report "
-    "artifacts files runs desk",
-    "options": "allocation bitwidths requantization quantization",
-    "searching": "structure plan costs scores alignment planner latency joint planning depth timetables artifacts runs desk",
-    "pipeline": "everything but terminal sessions options reproduce cli",
-    "terminal": "structure costs report desk pipeline",
-    "sessions": "objective files metering artifacts recipe runs desk planning quantization pipeline terminal",
-    "reproduce": "structure objective files packing implants plan latency costs refitting curvature scores alignment planner batchnorm "
-    "training export stopwatch bitwidths allocation artifacts recipe runs settings desk timetables findings quantization "
-    "options pipeline terminal sessions",
-    "cli": "everything",
-    "__main__": "cli",
-    "__init__": "everything but pipeline terminal sessions options reproduce cli",
+    "planner": "objective structure plan costs latency bitplan solver tracing surgery scores training quantization",
+    "repairing": "objective structure plan implants curvature tracing surgery quantization",
+    "stopwatch": "files structure plan costs latency tracing export planner",
+    "runs": "objective files metering structure plan curvature tracing surgery scores training planner stopwatch",
+    "stages": "everything but reproduce commands",
+    "reproduce": "everything but commands",
+    "commands": "everything",
+    "__main__": "commands",
+    "__init__": "everything but stages reproduce commands",
 }
 
-# Dotted name, or its beginning up to a dot: the modules of curvepress that may use it.
+# What only some may do is said by dotted names within curvepress; that of a package stands for all in it.
 ONLY = {
-    "torch.utils._python_dispatch": {"tracing", "operators", "masking"},
+    "torch.utils._python_dispatch": {"tracing.watching", "tracing.operators", "surgery.masking"},
     "curvepress_recipes": set(),  # found by name, never imported
-    "importlib.import_module": {"recipe_files"},
-    "importlib.util": {"recipe_files"},
+    "importlib.import_module": {"runs.recipe_files"},
+    "importlib.util": {"runs.recipe_files"},
     "__import__": set(),
 }
 WITHOUT_TORCH = {
-    "bitplan",
-    "implants",
-    "latency",
-    "blocks",
-    "ladders",
-    "tradeoffs",
-    "sweep",
-    "exactly",
-    "joint",
     "structure",
-    "alignment",
+    "implants",
+    "bitplan",
     "plan",
+    "latency",
     "costs",
-    "planner",
     "report",
-    "algebra",
+    "tracing.algebra",
+    "planner.alignment",
+    "planner.blocks",
+    "planner.channels",
+    "planner.exactly",
+    "planner.joint",
+    "planner.ladders",
+    "planner.sweep",
+    "planner.tradeoffs",
 }
 WRITERS = {
     "files",
-    "artifacts",
-    "packing",
-    "checkpointing",
-    "runs",
-    "quantization",
-    "planning",
-    "pipeline",
-    "reproduce",
+    "metering",
     "export",
     "stopwatch",
-    "metering",
-    "terminal",
-    "cli",
+    "quantization.packing",
+    "training.checkpointing",
+    "runs.artifacts",
+    "runs.folder",
+    "stages",
+    "reproduce",
+    "commands",
 }
 WRITES = {"print", "open", "write_text", "write_bytes", "savefig", "save_file"}
-MODULE_MAKERS = {"layers", "rewriting", "quantized", "export"}
+MODULE_MAKERS = {"surgery.layers", "surgery.rewriting", "quantization.quantized", "export"}
 
 # Whatever is loaded is data, never a program; this holds in every folder.
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch.save", "torch.load", "eval", "exec"}
@@ -148,12 +94,17 @@ def unit(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
+def within(module: str, names: set[str]) -> bool:
+    """Whether a dotted module is one of these modules of curvepress, or in one of these packages."""
+    return any(f"{module}.".startswith(f"curvepress.{name}.") for name in names)
+
+
 def forbidden_imports(graph: dict[str, set[str]]) -> list[str]:
     """A sentence for each import that the table does not allow."""
     found = []
     for module, targets in graph.items():
         row = TABLE.get(unit(module), "")
-        allowed = {unit(module), *(set(TABLE) - {"cli", "__init__", "__main__"} if row.startswith("everything") else row.split())}
+        allowed = {unit(module), *(set(TABLE) - {"commands", "__init__", "__main__"} if row.startswith("everything") else row.split())}
         if row == "everything":
             allowed |= {"__init__"}
         found += [
@@ -190,14 +141,13 @@ def never_allowed(source: str) -> list[str]:
 
 def not_allowed_here(module: str, source: str) -> list[str]:
     """What ``module`` of curvepress may not use, though others may."""
-    here = unit(module)
     names = used_names(source)
-    found = [what for what, where in ONLY.items() if here not in where and uses(names, what)]
-    if here in WITHOUT_TORCH and uses(names, "torch"):
+    found = [what for what, where in ONLY.items() if not within(module, where) and uses(names, what)]
+    if within(module, WITHOUT_TORCH) and uses(names, "torch"):
         found.append("torch")
-    if here not in WRITERS:
+    if not within(module, WRITERS):
         found += sorted(calls(source) & WRITES)
-    if here not in MODULE_MAKERS:
+    if not within(module, MODULE_MAKERS):
         found += [f"class {name}" for name in module_classes(source)]
     return found
 
@@ -232,7 +182,9 @@ def test_every_module_is_in_the_table():
 
 def test_the_table_names_modules_only():
     named = {name for row in TABLE.values() if not row.startswith("everything") for name in row.split()}
-    assert named | set().union(*ONLY.values()) | WITHOUT_TORCH | WRITERS | MODULE_MAKERS <= set(TABLE)
+    assert named <= set(TABLE)
+    modules = {house.module_name(path) for path in PACKAGE}
+    assert {f"curvepress.{name}" for name in set().union(*ONLY.values()) | WITHOUT_TORCH | WRITERS | MODULE_MAKERS} <= modules
 
 
 def test_imports_follow_the_table():
@@ -267,11 +219,11 @@ def test_contributing_shows_the_same_table():
         ("curvepress.structure", {"curvepress.plan"}, False),
         ("curvepress.curvature.diagonal", {"curvepress.curvature.averaging", "curvepress.objective"}, True),
         ("curvepress.curvature.diagonal", {"curvepress.scores"}, False),
-        ("curvepress.pipeline", {"curvepress.surgery", "curvepress.export.onnx"}, True),
-        ("curvepress.pipeline", {"curvepress.cli"}, False),
+        ("curvepress.stages.pipeline", {"curvepress.surgery.cutting", "curvepress.export.onnx"}, True),
+        ("curvepress.stages.pipeline", {"curvepress.commands.cli"}, False),
         ("curvepress.scores", {"curvepress"}, False),
-        ("curvepress.cli", {"curvepress", "curvepress.pipeline"}, True),
-        ("curvepress", {"curvepress.cli"}, False),
+        ("curvepress.commands.cli", {"curvepress", "curvepress.stages.pipeline"}, True),
+        ("curvepress", {"curvepress.commands.cli"}, False),
     ],
 )
 def test_planted_imports_are_judged(module: str, targets: set[str], allowed: bool):
@@ -290,11 +242,11 @@ def test_a_planted_cycle_is_found():
         ("curvepress.scores", "from torch.utils._python_dispatch import TorchDispatchMode", "torch.utils._python_dispatch"),
         ("curvepress.scores", "import torch\nmode = torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._python_dispatch"),
         ("curvepress.scores", "print(1)", "print"),
-        ("curvepress.surgery", "from pathlib import Path\nPath('a').open()", "open"),
+        ("curvepress.surgery.cutting", "from pathlib import Path\nPath('a').open()", "open"),
         ("curvepress.report.html", "path.write_text('')", "write_text"),
-        ("curvepress.surgery", "import torch.nn as n\nclass A(n.Linear): pass", "class A"),
-        ("curvepress.surgery", "from torch import nn\nclass A(nn.Module): pass", "class A"),
-        ("curvepress.recipe", "from curvepress_recipes import digits", "curvepress_recipes"),
+        ("curvepress.surgery.cutting", "import torch.nn as n\nclass A(n.Linear): pass", "class A"),
+        ("curvepress.surgery.cutting", "from torch import nn\nclass A(nn.Module): pass", "class A"),
+        ("curvepress.runs.recipe", "from curvepress_recipes import digits", "curvepress_recipes"),
         ("curvepress.scores", "from importlib import import_module as load\nload('a')", "importlib.import_module"),
     ],
 )
@@ -305,10 +257,10 @@ def test_planted_uses_are_found(module: str, source: str, what: str):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("curvepress.tracing", "from torch.utils._python_dispatch import TorchDispatchMode"),
-        ("curvepress.runs", "print(open('a'))"),
-        ("curvepress.rewriting", "from torch import nn\nclass A(nn.Module): pass"),
-        ("curvepress.recipe_files", "import importlib\nimportlib.import_module('curvepress_recipes.digits')"),
+        ("curvepress.tracing.watching", "from torch.utils._python_dispatch import TorchDispatchMode"),
+        ("curvepress.runs.folder", "print(open('a'))"),
+        ("curvepress.surgery.rewriting", "from torch import nn\nclass A(nn.Module): pass"),
+        ("curvepress.runs.recipe_files", "import importlib\nimportlib.import_module('curvepress_recipes.digits')"),
         ("curvepress.plan", "import numpy\nfrom importlib.metadata import version"),
     ],
 )

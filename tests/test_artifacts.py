@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from curvepress.artifacts import (
+from curvepress.plan import Plan
+from curvepress.runs.artifacts import (
     StoredSamples,
     fill,
     load,
@@ -22,10 +23,9 @@ from curvepress.artifacts import (
     save_scores,
     save_structure,
 )
-from curvepress.plan import Plan
 from curvepress.scores import Scores
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
 
 
 class Tied(nn.Module):

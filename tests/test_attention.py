@@ -12,10 +12,10 @@ from test_laws import comparable, random_plan
 from torch import Tensor, nn
 
 from curvepress.costs import cost
-from curvepress.masking import masked_output
 from curvepress.plan import Plan, after
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 
 def inputs(count: int = 3, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from benchmarks import records, transformers_table
 from benchmarks import transformers as bench
 from benchmarks import transformers_models as models
 from curvepress.plan import Plan, kept
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 from curvepress_recipes import sst2
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from curvepress.bitwidths import BitPrices, bit_prices, layout_of, left_in_float, prices_from_dict, prices_to_dict
-from curvepress.quantized import Bits
-from curvepress.quantizer import Scheme, dequantize, fake_quantize, fit_grid
-from curvepress.rounding import fit_and_round, gram_linear
+from curvepress.quantization.bitwidths import BitPrices, bit_prices, layout_of, left_in_float, prices_from_dict, prices_to_dict
+from curvepress.quantization.quantized import Bits
+from curvepress.quantization.quantizer import Scheme, dequantize, fake_quantize, fit_grid
+from curvepress.quantization.rounding import fit_and_round, gram_linear
 from tests import zoo
 
 WIDTHS = (2, 4, 8)

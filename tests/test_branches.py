@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from zoo import ZOO, Case, make
 
 from curvepress.costs import Cost, cost
-from curvepress.depth import around, shorten
-from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan, after, dropped, from_json, to_json
-from curvepress.planner import at_most, search
+from curvepress.planner.channels import at_most, search
+from curvepress.planner.depth import around, shorten
 from curvepress.structure import Structure
-from curvepress.surgery import applied, apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import applied, apply
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 RESIDUAL = [name for name in ZOO if trace(make(name).model, *make(name).example).branches]
 TRANSFORMERS = {"BERT": 4, "GPT-2": 4, "Llama, grouped-query": 4, "ViT": 4, "ConvNeXt": None}

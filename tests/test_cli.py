@@ -18,13 +18,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from curvepress import cli, files, pipeline, sessions
+from curvepress import files
 from curvepress import report as reports
+from curvepress.commands import cli
 from curvepress.curvature import setup
 from curvepress.export import Agreement, Quartiles, Timing
 from curvepress.plan import from_json, to_json
-from curvepress.runs import FLOWS
-from curvepress.settings import method_of
+from curvepress.runs.folder import FLOWS
+from curvepress.runs.settings import method_of
+from curvepress.stages import pipeline, sessions
 
 TINY = Path(__file__).parent / "tiny_recipe.py"
 RESULTS = (
@@ -256,7 +258,7 @@ def test_a_process_killed_in_the_fine_tune_goes_on_to_the_same_result(first: Pat
     recipe.write_text(text + watch)
     (tmp_path / "deadly").touch()
     command = [str(a) for a in compress(tmp_path / "run", recipe)]
-    program = "import sys; from curvepress.cli import main; main()"
+    program = "import sys; from curvepress.commands.cli import main; main()"
     ended = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -18,14 +18,14 @@ transformers = pytest.importorskip("transformers", reason="needs the extra `tran
 
 from hf_zoo import HF_ZOO, make_hf
 
-from curvepress.artifacts import restore, save
 from curvepress.export import huggingface, to_huggingface
-from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan
+from curvepress.runs.artifacts import restore, save
 from curvepress.structure import Group, Structure
-from curvepress.surgery import Applied, applied, apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import Applied, applied, apply
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 EVERY = {"embedding", "head", "query-key", "value", "hidden"}
 LESS = {

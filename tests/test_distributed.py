@@ -15,7 +15,7 @@ import pytest
 from sharded_curvature import FIRST_ORDER, words
 from typer.testing import CliRunner
 
-from curvepress import cli
+from curvepress.commands import cli
 from curvepress.curvature.workers import Workers
 
 ROOT = Path(__file__).parents[1]

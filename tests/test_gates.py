@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvepress.costs import cost
-from curvepress.gates import gate_slopes
 from curvepress.objective import Batch, batch_loss
 from curvepress.plan import Plan
-from curvepress.planner import with_latency
+from curvepress.planner.channels import with_latency
 from curvepress.scores import LOSS_UNIT, RELATIVE_UNIT, Scores, score
+from curvepress.scores.gates import gate_slopes
 from curvepress.structure import Group, Member, Structure
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 
 STEP = 1e-6
 BATCHES = text_recipe.batches("calibration")[:3]

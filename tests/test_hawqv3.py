@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curvepress.allocation import _limit_bops, _limit_bytes, _program, _solved
-from curvepress.bitwidths import BitPrices, Price
-from curvepress.quantized import Layout, Product, Site, Weight
+from curvepress.quantization.allocation import _limit_bops, _limit_bytes, _program, _solved
+from curvepress.quantization.bitwidths import BitPrices, Price
+from curvepress.quantization.quantized import Layout, Product, Site, Weight
 
 LAYERS = json.loads((Path(__file__).parent / "hawqv3_layers.json").read_text())
 FOLDER = os.environ.get("CURVEPRESS_RESEARCH")

@@ -13,20 +13,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Case, make
 
-from curvepress.artifacts import restore, save
 from curvepress.costs import cost
 from curvepress.export import to_onnx
-from curvepress.implanting import implant as implant_of
 from curvepress.implants import Implant, full_rank, orders
-from curvepress.layers import refusal
-from curvepress.masking import masked_output
 from curvepress.plan import Plan, after, edits, from_json, to_json
-from curvepress.quantized import Bits, calibrate, quantize
-from curvepress.refitting import fit_implants, implant_prices, moments
+from curvepress.quantization.quantized import Bits, calibrate, quantize
+from curvepress.repairing.refitting import fit_implants, implant_prices, moments
+from curvepress.runs.artifacts import restore, save
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
-from curvepress.truncation import Truncation
+from curvepress.surgery.cutting import apply
+from curvepress.surgery.implanting import implant as implant_of
+from curvepress.surgery.layers import refusal
+from curvepress.surgery.masking import masked_output
+from curvepress.surgery.truncation import Truncation
+from curvepress.tracing.watching import trace
 
 
 def replaceable(case: Case, structure: Structure) -> list[str]:

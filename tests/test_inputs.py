@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from curvepress.costs import cost
-from curvepress.masking import masked_output
 from curvepress.objective import batch_size, call, output, outputs
 from curvepress.plan import Plan, from_json, to_json
-from curvepress.surgery import applied, apply, synthetic
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import applied, apply, synthetic
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 
 class Two(nn.Module):

@@ -13,9 +13,9 @@ from curvepress.export.integers import TABLE, to_integer_onnx
 from curvepress.export.kernels import count_kernels
 from curvepress.export.openvino import check_in_openvino
 from curvepress.export.program import to_program
-from curvepress.quantized import Bits, calibrate, floating, packed, quantize
-from curvepress.quantized.lowering import ROUND
-from curvepress.quantized.modules import WeightQuantizer, quantizers
+from curvepress.quantization.quantized import Bits, calibrate, floating, packed, quantize
+from curvepress.quantization.quantized.lowering import ROUND
+from curvepress.quantization.quantized.modules import WeightQuantizer, quantizers
 from tests import zoo
 
 EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"

@@ -11,28 +11,18 @@ import pytest
 from joint_zoo import attention, blocks, branch_prices, chain, everything, residual
 from safetensors import safe_open
 
-from curvepress.alignment import Shape
-from curvepress.bitwidths import Price
 from curvepress.costs import cost
-from curvepress.exactly import exact
-from curvepress.joint import (
-    Bitwidths,
-    Exchange,
-    Probe,
-    choose,
-    exchange_rates,
-    family,
-    frontier,
-    joint_problem,
-    search_jointly,
-)
 from curvepress.plan import Plan, from_json, lost, tensors_after, to_json
-from curvepress.planner import at_most
-from curvepress.quantized import calibrate, packed, quantize
+from curvepress.planner.alignment import Shape
+from curvepress.planner.channels import at_most
+from curvepress.planner.exactly import exact
+from curvepress.planner.joint import Bitwidths, Exchange, Probe, choose, exchange_rates, family, frontier, joint_problem, search_jointly
+from curvepress.planner.tradeoffs import COSTS, Problem, State
+from curvepress.planner.wiring import bits_of_plan
+from curvepress.quantization.bitwidths import Price
+from curvepress.quantization.quantized import calibrate, packed, quantize
 from curvepress.scores import predicted_rise
-from curvepress.surgery import apply
-from curvepress.tradeoffs import COSTS, Problem, State
-from curvepress.wiring import bits_of_plan
+from curvepress.surgery.cutting import apply
 
 MODELS = {"residual": residual, "attention": attention, "chain": chain, "blocks": blocks}
 BITS = Bitwidths((2, 3, 4, 8), (4, 8))

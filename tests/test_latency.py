@@ -14,23 +14,23 @@ import pytest
 from torch import nn
 from zoo import make
 
-from curvepress.blocks import hull
 from curvepress.costs import cost
-from curvepress.desk import Desk
 from curvepress.latency import FLOAT, Axis, Grid, Layer, Machine, Table, check_machine, model_seconds, table_from_json, table_to_json
-from curvepress.pipeline import run_stage
 from curvepress.plan import Plan, tensors_after
-from curvepress.planner import at_most, search
-from curvepress.recipe import load_recipe
-from curvepress.runs import create
+from curvepress.planner.blocks import hull
+from curvepress.planner.channels import at_most, search
+from curvepress.runs.desk import Desk
+from curvepress.runs.folder import create
+from curvepress.runs.recipe import load_recipe
+from curvepress.runs.settings import limits, timing
 from curvepress.scores import Scores
-from curvepress.searching import check_budget
-from curvepress.settings import limits, timing
+from curvepress.stages.pipeline import run_stage
+from curvepress.stages.searching import check_budget
+from curvepress.stages.timetables import kept_promise
 from curvepress.stopwatch import RUNTIMES, Case, Runtime, cached_table, calibrated, layers_of, measured_table, met, table_path
 from curvepress.stopwatch.runtimes import kernel_seconds, machine
 from curvepress.structure import Group, Member, Structure, TensorSpec
-from curvepress.timetables import kept_promise
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 
 HERE = Machine("a processor", "onnxruntime", "1.0", 1, 1)
 SMALL = Layer("conv", (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Case, make
 
 from curvepress.costs import cost
-from curvepress.masking import masked_output
 from curvepress.plan import Plan, after, from_json, kept, lost, to_json
-from curvepress.planner import at_most, search
+from curvepress.planner.channels import at_most, search
 from curvepress.scores import Scores, predicted_rise
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 SEEDS = range(3)
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curvepress.packing import Packed, load_packed, pack, packed_size, save_packed, unpack
-from curvepress.quantizer import Grid, Scheme, dequantize, fake_quantize, fit_grid, grid, quantize
+from curvepress.quantization.packing import Packed, load_packed, pack, packed_size, save_packed, unpack
+from curvepress.quantization.quantizer import Grid, Scheme, dequantize, fake_quantize, fit_grid, grid, quantize
 
 
 def as_bits(levels: list[int], bits: int) -> list[int]:
@@ -36,7 +36,7 @@ def test_levels_take_their_bits_and_no_more(bits: int, signed: bool, data: st.Da
 def test_long_tensors_are_packed_in_parts_without_a_seam(bits: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch):
     levels = torch.randint(0, 2**bits, (13, 77), generator=generator).to(torch.uint8)
     whole = pack(levels.T, bits)
-    monkeypatch.setattr("curvepress.packing.PART", 64)
+    monkeypatch.setattr("curvepress.quantization.packing.PART", 64)
     assert torch.equal(pack(levels.T, bits), whole)
     assert torch.equal(unpack(whole, bits, (77, 13), signed=False), levels.T)
 
@@ -182,7 +182,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         {"plan": None},
         {"plan": 3},
     ):
-        monkeypatch.setattr("curvepress.packing._index", lambda _, lie=change: json.dumps({**index, **lie}).encode())
+        monkeypatch.setattr("curvepress.quantization.packing._index", lambda _, lie=change: json.dumps({**index, **lie}).encode())
         save_packed(packed, path)
         if change:
             with pytest.raises(ValueError, match="damaged"):

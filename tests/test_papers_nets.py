@@ -11,8 +11,8 @@ import torch
 from benchmarks import gpu_training
 from curvepress.costs import cost
 from curvepress.plan import Plan
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
 from curvepress_recipes import cifar_papers
 from curvepress_recipes.cifar10_files import find
 from curvepress_recipes.papers_nets import NETWORKS

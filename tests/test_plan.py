@@ -9,7 +9,7 @@ from zoo import make
 
 from curvepress.plan import Plan, from_json, to_json
 from curvepress.structure import Structure
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 
 
 def structure_of(name: str = "vgg") -> Structure:

@@ -10,10 +10,10 @@ from zoo import make
 
 from curvepress.costs import Cost, cost
 from curvepress.plan import Plan, kept, lost
-from curvepress.planner import at_most, search
+from curvepress.planner.channels import at_most, search
 from curvepress.scores import Scores, predicted_rise
 from curvepress.structure import Structure
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 
 
 def structure_of(name: str = "vgg") -> Structure:

@@ -11,14 +11,15 @@ import pytest
 from safetensors import safe_open
 from test_cli import TINY, in_no_time, typed
 
-from curvepress import pipeline, quantization
-from curvepress.allocation import allocation
-from curvepress.bitwidths import prices_from_dict
 from curvepress.costs import cost
 from curvepress.plan import Plan, from_json
-from curvepress.quantized import bits_from_json
-from curvepress.runs import FLOWS, QUANTIZATION
-from curvepress.wiring import bits_of_plan
+from curvepress.planner.wiring import bits_of_plan
+from curvepress.quantization.allocation import allocation
+from curvepress.quantization.bitwidths import prices_from_dict
+from curvepress.quantization.quantized import bits_from_json
+from curvepress.runs.folder import FLOWS, QUANTIZATION
+from curvepress.stages import pipeline
+from curvepress.stages import quantizing as quantization
 
 PRICED = ("--price-examples", 64, "--samples", 3)
 ASKED = ("--bytes", "30%", "--bits", "2-8", "--whole", "*", "--exchange", "channels=0.5", *PRICED, "--epochs", 1, "--qat-epochs", 1)

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from zoo import make
 
 from curvepress import curvature
-from curvepress.grams import Gram, add_grams
-from curvepress.masking import masked_output
 from curvepress.objective import Batch
 from curvepress.plan import Plan
 from curvepress.scores import joint_rise, part_of, score
 from curvepress.scores.elimination import Reader, elimination_order, elimination_prices
+from curvepress.scores.grams import Gram, add_grams
 from curvepress.structure import Member
-from curvepress.tracing import trace
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 
 def residual(x: torch.Tensor, weight: torch.Tensor, importance: torch.Tensor, gone: torch.Tensor) -> float:

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvepress import cli, quantization, sessions
+from curvepress.commands import cli
 from curvepress.export.onnx import to_onnx
 from curvepress.export.running import Running
-from curvepress.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
-from curvepress.quantized.modules import WeightQuantizer, quantizers
-from curvepress.quantizer import Scheme, fake_quantize, fit_grid
-from curvepress.requantization import requantize
-from curvepress.rounding import gram_linear, output_error
-from curvepress.runs import QUANTIZATION, open_run
-from curvepress.training import Fitted
+from curvepress.quantization.quantized import Bits, bits_from_json, calibrate, layout, observe, packed, quantize
+from curvepress.quantization.quantized.modules import WeightQuantizer, quantizers
+from curvepress.quantization.quantizer import Scheme, fake_quantize, fit_grid
+from curvepress.quantization.requantization import requantize
+from curvepress.quantization.rounding import gram_linear, output_error
+from curvepress.runs.folder import QUANTIZATION, open_run
+from curvepress.stages import quantizing as quantization
+from curvepress.stages import sessions
+from curvepress.training.fitting import Fitted
 from tests.test_cli import TINY, as_one_file, in_no_time, refused, typed
 
 FILES = {name for flow in QUANTIZATION.values() for name in flow.writes}

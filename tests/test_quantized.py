@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvepress.quantized import (
+from curvepress.quantization.quantized import (
     Bits,
     bits_from_json,
     bits_of,
@@ -22,12 +22,12 @@ from curvepress.quantized import (
     sites,
     switch,
 )
-from curvepress.quantized.graphs import float_graph
-from curvepress.quantized.learning import round_and_learn
-from curvepress.quantized.lowering import lower
-from curvepress.quantized.modules import ActivationQuantizer, WeightQuantizer, quantizers
-from curvepress.quantizer import Scheme, fake_quantize, fit_grid, grid
-from curvepress.training import fit
+from curvepress.quantization.quantized.graphs import float_graph
+from curvepress.quantization.quantized.learning import round_and_learn
+from curvepress.quantization.quantized.lowering import lower
+from curvepress.quantization.quantized.modules import ActivationQuantizer, WeightQuantizer, quantizers
+from curvepress.quantization.quantizer import Scheme, fake_quantize, fit_grid, grid
+from curvepress.training.fitting import fit
 from tests import zoo
 
 

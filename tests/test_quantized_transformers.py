@@ -14,7 +14,7 @@ from hf_zoo import PATCHES, TEXT, Inputs
 
 from curvepress.export.integers import IntegerAgreement, to_integer_onnx
 from curvepress.objective import outputs
-from curvepress.quantized import Bits, calibrate, layout, quantize
+from curvepress.quantization.quantized import Bits, calibrate, layout, quantize
 
 EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"
 pytestmark = pytest.mark.filterwarnings(EXPORTED)

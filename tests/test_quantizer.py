@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from curvepress.quantizer import (
+from curvepress.quantization.quantizer import (
     Grid,
     Observer,
     Scheme,
@@ -31,7 +31,7 @@ from curvepress.quantizer import (
     spread,
     squared_error,
 )
-from curvepress.quantizer.observers import merged, observed
+from curvepress.quantization.quantizer.observers import merged, observed
 
 KINDS = [{"symmetric": True}, {"symmetric": True, "narrow": True}, {"symmetric": False}]
 PLACES = [{}, {"axis": 0}, {"axis": 1}, {"axis": -1}, {"axis": 0, "group": 4}, {"axis": 1, "group": 3}, {"axis": 0, "group": 100}]

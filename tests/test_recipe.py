@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvepress.recipe import Recipe, check, load_recipe
+from curvepress.runs.recipe import Recipe, check, load_recipe
 
 TINY = (Path(__file__).parent / "tiny_recipe.py").read_text()
 

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from curvepress.settings import FIT, descent
-from curvepress.training import fit
+from curvepress.runs.settings import FIT, descent
+from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10, digits
 from curvepress_recipes.images import Minibatches, accuracy, flipped, shifted
 from curvepress_recipes.resnet import ResNet

@@ -14,8 +14,8 @@ from zoo import conv_bn
 
 import curvepress as cp
 from curvepress.plan import Plan
-from curvepress.repairing import Repaired, repair
-from curvepress.stepping import grams
+from curvepress.repairing.sequential import Repaired, repair
+from curvepress.repairing.stepping import grams
 
 TINY = (1e-13,)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import curvepress as cp
 from curvepress.implants import Implant, full_rank, replaceable
 from curvepress.plan import Plan, after, edits, origins
-from curvepress.refitting import fit_implants
-from curvepress.repairing import Repaired, repair
-from curvepress.tracing import model_tensors
+from curvepress.repairing.refitting import fit_implants
+from curvepress.repairing.sequential import Repaired, repair
+from curvepress.tracing.watching import model_tensors
 
 POINT = Implant("pointwise", channels=(1, 4, 6))
 INNER, OUTER, STEM = "inner.0.0.weight", "outer.1.0.weight", "stem.0.weight"

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import curvature_hap
-from curvepress.allocation import allocation, uniform
-from curvepress.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
 from curvepress.costs import cost
 from curvepress.curvature import spearman
 from curvepress.implants import Implant
-from curvepress.packing import packed_size
 from curvepress.plan import Plan, lost
-from curvepress.quantized import Layout, Weight
-from curvepress.refitting import zeroed
+from curvepress.quantization.allocation import allocation, uniform
+from curvepress.quantization.bitwidths import BitPrices, Price, bit_prices, prices_from_dict, prices_to_dict
+from curvepress.quantization.packing import packed_size
+from curvepress.quantization.quantized import Layout, Weight
+from curvepress.repairing.refitting import zeroed
 from curvepress.reproduce import SYSTEMS, Preset, ehap, hap, hawq_v2, nvit
 from curvepress.reproduce.sampling import apart, one_batch
 from curvepress.reproduce.thresholds import Rule, plan_at, shares, told, within
 from curvepress.scores import RELATIVE_UNIT, Scores
 from curvepress.structure import Group, Structure
-from curvepress.surgery import apply
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import apply
+from curvepress.tracing.watching import trace
 from curvepress_recipes.vit import ViT
 
 Data = list[tuple[Tensor, Tensor]]

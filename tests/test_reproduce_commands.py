@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from curvepress import pipeline, quantization
-from curvepress.allocation import FLOAT
-from curvepress.artifacts import load_scores, read_json
 from curvepress.export import Quartiles, Timing
-from curvepress.packing import packed_size
-from curvepress.quantization import QUANTIZED
+from curvepress.quantization.allocation import FLOAT
+from curvepress.quantization.packing import packed_size
 from curvepress.reproduce import accounts, ehap, hap
 from curvepress.reproduce.accounts import REPRODUCTION
 from curvepress.reproduce.running import FLOW
-from curvepress.runs import FLOWS, QUANTIZATION, open_run
+from curvepress.runs.artifacts import load_scores, read_json
+from curvepress.runs.folder import FLOWS, QUANTIZATION, open_run
+from curvepress.stages import pipeline
+from curvepress.stages import quantizing as quantization
+from curvepress.stages.quantizing import QUANTIZED
 from tests.test_cli import refused, typed
 
 TINY = Path(__file__).parent / "tiny_recipe.py"

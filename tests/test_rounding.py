@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvepress.quantizer import Scheme, dequantize, fake_quantize, fit_grid, quantize
-from curvepress.rounding import fit_and_round, gram_convolution, gram_linear, output_error, round_weight
+from curvepress.quantization.quantizer import Scheme, dequantize, fake_quantize, fit_grid, quantize
+from curvepress.quantization.rounding import fit_and_round, gram_convolution, gram_linear, output_error, round_weight
 
 CONVOLUTIONS = [
     {"weight": (6, 4, 3, 3), "x": (5, 4, 8, 7), "padding": 1},
@@ -44,7 +44,7 @@ def test_gram_matrices_of_convolutions_give_the_output_error(case: dict, generat
 def test_large_batches_are_cut_without_a_trace(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch):
     x, weight = torch.randn(7, 3, 6, 6, generator=generator), torch.zeros(2, 3, 3, 3)
     whole = gram_convolution(x, weight)
-    monkeypatch.setattr("curvepress.rounding.COLUMNS", 2 * x[0].numel() * 9)
+    monkeypatch.setattr("curvepress.quantization.rounding.COLUMNS", 2 * x[0].numel() * 9)
     assert torch.allclose(gram_convolution(x, weight), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_blocks_leave_no_seam(inputs: int, generator: torch.Generator, monkeypat
     weight, gram = torch.randn(4, inputs, generator=generator), gram_linear(correlated((200, inputs), generator))
     grid = fit_grid(weight, Scheme(4, axis=0))
     in_blocks = round_weight(weight, grid, gram, method="compensated")
-    monkeypatch.setattr("curvepress.rounding.BLOCK", 10**6)
+    monkeypatch.setattr("curvepress.quantization.rounding.BLOCK", 10**6)
     assert torch.equal(in_blocks, round_weight(weight, grid, gram, method="compensated"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from curvepress import files
 from curvepress.metering import Taken, metered
-from curvepress.runs import FLOWS, Run, create, finish, is_done, objections, open_run, require, scratch, sweep
+from curvepress.runs.folder import FLOWS, Run, create, finish, is_done, objections, open_run, require, scratch, sweep
 
 STAGES = tuple(FLOWS)
 

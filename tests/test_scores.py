@@ -15,7 +15,7 @@ from curvepress.curvature.examples import Sums
 from curvepress.objective import Batch
 from curvepress.scores import LOSS_UNIT, METHODS, predicted_rise, score
 from curvepress.structure import Structure
-from curvepress.tracing import trace
+from curvepress.tracing.watching import trace
 
 
 def setting(name: str, count: int = 3) -> tuple[nn.Module, Structure, list[Batch]]:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from zoo import make
 
-from curvepress import surgery
 from curvepress.plan import Plan
-from curvepress.surgery import applied, apply
-from curvepress.tracing import trace
+from curvepress.surgery import cutting as surgery
+from curvepress.surgery.cutting import applied, apply
+from curvepress.tracing.watching import trace
 
 
 def plan_of(name: str, group: str, keep: tuple[int, ...]) -> tuple[nn.Module, tuple[torch.Tensor, ...], Plan]:
@@ -73,7 +73,7 @@ def test_a_result_that_runs_but_is_wrong_is_caught() -> None:
 
 def test_a_wrong_operator_rule_is_caught_when_the_plan_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table may be wrong about an operator; the comparison with the masked original is what the user relies on."""
-    from curvepress.operators import RULES, elementwise
+    from curvepress.tracing.operators import RULES, elementwise
 
     monkeypatch.setitem(RULES, "cumsum", elementwise.pointwise)
     case = make("odd")

@@ -15,14 +15,15 @@ from test_cli import in_no_time, refused, typed
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from curvepress import pipeline, quantization
 from curvepress.export import compare_latency, to_onnx
 from curvepress.export.running import Running
 from curvepress.plan import from_json, kept
-from curvepress.quantized import Bits, calibrate, layout, packed, quantize, sites, sums_in_float
-from curvepress.recipe import load_recipe
+from curvepress.quantization.quantized import Bits, calibrate, layout, packed, quantize, sites, sums_in_float
+from curvepress.runs.recipe import load_recipe
 from curvepress.scores import score
-from curvepress.tracing import trace
+from curvepress.stages import pipeline
+from curvepress.stages import quantizing as quantization
+from curvepress.tracing.watching import trace
 
 HERE = Path(__file__).parent
 

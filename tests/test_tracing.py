@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import make
 
-from curvepress.masking import masked_output
 from curvepress.plan import Plan
 from curvepress.structure import Structure
-from curvepress.surgery import apply
-from curvepress.tracing import UNUSED, trace
+from curvepress.surgery.cutting import apply
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import UNUSED, trace
 
 
 def found(name: str) -> Structure:

@@ -12,10 +12,10 @@ import torch
 from test_laws import random_plan
 from torch import nn
 
-from curvepress.masking import masked_output
-from curvepress.surgery import applied
-from curvepress.tracing import trace
-from curvepress.training import Epoch, Fitted
+from curvepress.surgery.cutting import applied
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
+from curvepress.training.fitting import Epoch, Fitted
 from curvepress_recipes import cifar10_vit, sst2, weights
 from curvepress_recipes.vit import ViT
 

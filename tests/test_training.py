@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from curvepress.batchnorm import reestimate
-from curvepress.training import fit
+from curvepress.training.batchnorm import reestimate
+from curvepress.training.fitting import fit
 
 EXAMPLES, FEATURES, CLASSES = 48, 6, 3
 INPUTS = torch.randn(EXAMPLES, FEATURES, generator=torch.Generator().manual_seed(1))

@@ -13,14 +13,14 @@ pytest.importorskip("transformers", reason="needs the package transformers")
 
 from hf_zoo import HF_ZOO, HFCase, make_hf
 
-from curvepress.alignment import Shape
 from curvepress.costs import cost
-from curvepress.masking import masked_output
 from curvepress.objective import call, outputs
 from curvepress.plan import Plan, after
+from curvepress.planner.alignment import Shape
 from curvepress.structure import Structure
-from curvepress.surgery import Applied, applied
-from curvepress.tracing import trace
+from curvepress.surgery.cutting import Applied, applied
+from curvepress.surgery.masking import masked_output
+from curvepress.tracing.watching import trace
 
 
 @dataclass(frozen=True)

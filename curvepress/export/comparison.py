@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..objective import Batches, batch_size, call, in_a_tuple
-from ..quantized.modules import floating
+from ..quantization.quantized.modules import floating
 from .onnx import Inputs, evaluating
 
 FLOAT_ERROR = 1e-5

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..objective import Batches
-from ..quantized.lowering import DEQUANTIZE, ROUND, lower
+from ..quantization.quantized.lowering import DEQUANTIZE, ROUND, lower
 from .comparison import compare, example_of, refuse_disagreement, take
 from .kernels import Kernels, count_kernels, name_products
 from .onnx import Inputs, evaluating, feeds, first_line, input_names, of_any_size, onnx_program, open_session, quiet, temporary, versions

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime
 from torch import nn
 
-from ..quantized import bits_of, layout
-from ..quantized.modules import TokenQuantizer
+from ..quantization.quantized import bits_of, layout
+from ..quantization.quantized.modules import TokenQuantizer
 from .onnx import first_line
 
 INTEGER = {

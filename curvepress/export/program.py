@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree
 
 from ..objective import Batches, call
-from ..quantized.lowering import DECOMPOSITIONS, lower
+from ..quantization.quantized.lowering import DECOMPOSITIONS, lower
 from .comparison import compare, example_of, take
 from .onnx import Inputs, evaluating, first_line, of_any_size, quiet, temporary
 

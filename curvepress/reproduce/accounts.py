@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..artifacts import read_json
 from ..costs import cost
-from ..desk import Desk
 from ..export import compare_latency
 from ..export.running import Running
 from ..files import write_text
-from ..findings import HISTORY, PRUNED, REPAIRED, environment
-from ..pipeline import METRICS, ORIGINAL
 from ..plan import Plan, dumps
-from ..quantization import QUANTIZED, float_model
-from ..sessions import BATCHES
+from ..runs.artifacts import read_json
+from ..runs.desk import Desk
+from ..stages.findings import HISTORY, PRUNED, REPAIRED, environment
+from ..stages.pipeline import METRICS, ORIGINAL
+from ..stages.quantizing import QUANTIZED, float_model
+from ..stages.sessions import BATCHES
 from .thresholds import shares
 
 REPRODUCTION = {"format": "curvepress reproduction", "version": 1}

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..artifacts import StoredSamples, load_structure, save_scores
 from ..curvature import Sample
-from ..desk import Desk
 from ..objective import Batch, Loss
-from ..runs import scratch
+from ..runs.artifacts import StoredSamples, load_structure, save_scores
+from ..runs.desk import Desk
+from ..runs.folder import scratch
 from ..scores import RELATIVE_UNIT, Scores
 from ..structure import Structure
 from . import hap

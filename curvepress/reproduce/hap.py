@@ -12,19 +12,19 @@ import numpy as np
 from torch import nn
 
 from .. import curvature
-from ..artifacts import StoredSamples, load_scores, load_structure, save, save_scores
-from ..batchnorm import reestimate
 from ..curvature import Sample, Stop
-from ..desk import Desk
 from ..files import write_text
-from ..findings import REPAIRED
 from ..objective import Loss
 from ..plan import dumps, to_json
-from ..refitting import zeroed
-from ..runs import PLAN, scratch
+from ..repairing.refitting import zeroed
+from ..runs.artifacts import StoredSamples, load_scores, load_structure, save, save_scores
+from ..runs.desk import Desk
+from ..runs.folder import PLAN, scratch
 from ..scores import LOSS_UNIT, Scores, part_of
 from ..scores.quadratic import half_mean_square, made_by
+from ..stages.findings import REPAIRED
 from ..structure import Group, Structure
+from ..training.batchnorm import reestimate
 from .preset import Correction, Preset, Published
 from .sampling import Drawn, apart, one_batch
 from .thresholds import Rule, within

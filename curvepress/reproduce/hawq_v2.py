@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..allocation import Allocation, allocation, bits_by_name
-from ..bitwidths import BitPrices, bit_prices, prices_to_dict
 from ..curvature import Stop
-from ..desk import Desk
 from ..files import write_text
-from ..packing import packed_size
 from ..plan import dumps
-from ..quantization import float_model, load_prices
+from ..quantization.allocation import Allocation, allocation, bits_by_name
+from ..quantization.bitwidths import BitPrices, bit_prices, prices_to_dict
+from ..quantization.packing import packed_size
+from ..runs.desk import Desk
+from ..stages.quantizing import float_model, load_prices
 from .preset import Preset, Published
 
 Settings = Mapping[str, Any]

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..artifacts import load_scores, load_structure, save_scores
 from ..costs import cost
 from ..curvature import Sample, Stop
-from ..desk import Desk
 from ..files import write_text
 from ..latency import model_seconds
 from ..objective import Batch, Batches, Loss
 from ..plan import Plan, tensors_after, to_json
-from ..planner import at_most
-from ..runs import PLAN
+from ..planner.channels import at_most
+from ..runs.artifacts import load_scores, load_structure, save_scores
+from ..runs.desk import Desk
+from ..runs.folder import PLAN
 from ..scores import RELATIVE_UNIT, Scores, Task, per_channel
 from ..scores.data import averaged, gradient
+from ..stages.timetables import table_of, timed_plan
 from ..structure import Group, Member, Structure
-from ..timetables import table_of, timed_plan
 from .preset import Correction, Preset, Published
 
 Settings = Mapping[str, Any]

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import load_structure
-from ..desk import Desk
-from ..pipeline import Stage
-from ..quantization import source_files
-from ..recipe import Recipe
-from ..runs import FLOWS, QUANTIZATION, REPRODUCTION, Run
-from ..sessions import BATCHES, kept, started
-from ..settings import tuning
+from ..runs.artifacts import load_structure
+from ..runs.desk import Desk
+from ..runs.folder import FLOWS, QUANTIZATION, REPRODUCTION, Run
+from ..runs.recipe import Recipe
+from ..runs.settings import tuning
+from ..stages.pipeline import Stage
+from ..stages.quantizing import source_files
+from ..stages.sessions import BATCHES, kept, started
 from . import ehap, hap, hawq_v2, nvit
 from .accounts import accounted
 from .preset import Preset

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..alignment import Shape
 from ..costs import cost
 from ..implants import Implant
 from ..plan import Plan, lost
-from ..planner import at_most, unreachable
+from ..planner.alignment import Shape
+from ..planner.channels import at_most, unreachable
 from ..scores import Scores
 from ..structure import Group, Structure
 

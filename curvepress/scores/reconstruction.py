@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..curvature import Activation, Direction, Measure, Sample
 from ..curvature.setup import first_of
-from ..grams import Gram, add_grams, pooled
 from ..objective import Batch, batch_size
 from ..structure import Group, Member, Structure
 from .data import LOSS_UNIT, Scores, Task, part_of
 from .elimination import Reader, damped, elimination_order, elimination_prices, unrepaired
+from .grams import Gram, add_grams, pooled
 from .quadratic import estimated, removal
 
 FOLDS = 4

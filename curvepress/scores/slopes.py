@@ -6,10 +6,10 @@ import numpy as np
 from torch import nn
 
 from ..curvature import Sample
-from ..gates import gate_slopes
 from ..objective import Batch
 from ..structure import Structure
 from .data import LOSS_UNIT, RELATIVE_UNIT, Scores, Task, averaged, gradient, per_channel
+from .gates import gate_slopes
 from .quadratic import made_by
 
 
@@ -17,9 +17,9 @@ def nvit(model: nn.Module, structure: Structure, task: Task) -> Scores:
     """NViT's squared Taylor: the mean over batches of ``(sum of g * w)^2`` over the weights that make the channel.
 
     Source: Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023, eq. 7, for the gradient ``g`` of
-    the batch's mean loss.  Its latency term is :func:`curvepress.planner.with_latency`.  Only ranks.  The released code also divides
-    the sums by constants that are not in the paper (12 for embeddings and heads, 2 for the widths of heads), and adds the readers of
-    embeddings; neither is done here.
+    the batch's mean loss.  Its latency term is ``planner.channels.with_latency``.  Only ranks.  The released code also divides the sums by
+    constants that are not in the paper (12 for embeddings and heads, 2 for the widths of heads), and adds the readers of embeddings;
+    neither is done here.
     """
     weights = made_by(model, structure)
 
@@ -33,7 +33,7 @@ def nvit(model: nn.Module, structure: Structure, task: Task) -> Scores:
 
 
 def gate_gradient(model: nn.Module, structure: Structure, task: Task) -> Scores:
-    """The mean over examples of ``|dL_n/dg_c|``, ``g`` a gate on the channel (see :mod:`curvepress.gates`).
+    """The mean over examples of ``|dL_n/dg_c|``, ``g`` a gate on the channel (see :mod:`curvepress.scores.gates`).
 
     Source: Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", NeurIPS 2019, eq. 2, for any channel.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..costs import cost
 from ..latency import Table
 from ..plan import Plan
-from ..planner import Milliseconds, milliseconds
+from ..planner.channels import Milliseconds, milliseconds
 
 ROUNDS = 3
 TOLERANCE = 0.05

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..graphs import export_graph
 from ..latency import Layer
+from ..tracing.graphs import export_graph
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

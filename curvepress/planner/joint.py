@@ -1,0 +1,272 @@
+"""One plan for widths, bits and residual branches together, all priced as predicted rise of the loss, under any budgets at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ..bitplan import FLOAT, READ, Wiring
+from ..costs import Cost, cost
+from ..plan import Plan
+from ..quantization.bitwidths import BitPrices, Prices
+from ..scores import LOSS_UNIT, Scores
+from ..structure import Structure
+from .alignment import Shape
+from .channels import AtMost, Budget, unreachable
+from .ladders import branch_ladders, ladders
+from .sweep import POINTS, Moves, sweep
+from .tradeoffs import COSTS, Problem, State, options, problem
+
+SUM = 8
+"""Bits of activations that residual sums read: fewer save no arithmetic."""
+WIDTHS = Shape()
+"""Any widths."""
+MIXES = 4
+"""Steps in which the weights of several costs are tried."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the predicted rises of each kind of decision are multiplied with, so that they count what is left of them after recovery."""
+
+    channels: float = 1.0
+    weights: float = 1.0
+    activations: float = 1.0
+    branches: float = 1.0
+
+    def __post_init__(self) -> None:
+        for kind, rate in vars(self).items():
+            if not (np.isfinite(rate) and rate > 0):
+                raise ValueError(f"exchange of {kind} must be a positive number; got {rate}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted rise of the loss by kind of decision, and the standard error of their sum."""
+
+    channels: float
+    weights: float
+    activations: float
+    branches: float
+    stderr: float
+
+    @property
+    def rise(self) -> float:
+        """The sum of the parts."""
+        return self.channels + self.weights + self.activations + self.branches
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, what it costs, and the rise of the loss that is predicted for it."""
+
+    plan: Plan
+    cost: Cost
+    predicted: Prediction
+
+
+@dataclass(frozen=True)
+class Bitwidths:
+    """The bits that may be chosen: of weights, for all or by name, and of activations that products read.  32 is float."""
+
+    weights: Sequence[int] | Mapping[str, Sequence[int]] = (2, 3, 4, 5, 6, 7, 8)
+    activations: Sequence[int] = (8,)
+
+
+def joint_problem(
+    structure: Structure,
+    scores: Scores,
+    prices: BitPrices,
+    wiring: Wiring,
+    *,
+    bits: Bitwidths = Bitwidths(),
+    shape: Shape = WIDTHS,
+    exchange: Exchange = Exchange(),
+    branches: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Problem:
+    """All choices of widths, bits and residual branches, with prices and costs.
+
+    Args:
+        scores: of channels; in units of the loss.
+        prices: of bits, of the same model.
+        bits: those that may be chosen, where there are prices; what has none stays in float.
+        shape: the widths that may be chosen.
+        branches: those that may be left out, each with the rise of the loss without it and its standard error.
+
+    Raises:
+        ValueError: if scores are in another unit, a price is missing or not finite, or an option is out of range.
+    """
+    if scores.unit != LOSS_UNIT:
+        raise ValueError(
+            f"scores by {scores.method!r} only rank channels and cannot be weighed against bits; make others with "
+            "`curvepress score --method mask_curvature`"
+        )
+    return problem(
+        structure,
+        [*ladders(structure, scores, shape, exchange.channels), *branch_ladders(structure, branches, exchange.branches)],
+        options(_checked(prices.weights, "weight", exchange.weights), _of_weights(prices, bits)),
+        options(_with_idle(_checked(prices.sites, "activation", exchange.activations)), _of_activations(prices, bits)),
+        wiring,
+    )
+
+
+def _of_weights(prices: BitPrices, bits: Bitwidths) -> dict[str, list[int]]:
+    allowed = bits.weights
+    found = {n: list(allowed[n] if isinstance(allowed, Mapping) else allowed) for n in prices.weights}
+    _check_known(found, prices.weights)
+    return found
+
+
+def _of_activations(prices: BitPrices, bits: Bitwidths) -> dict[str, list[int]]:
+    found = {s.name: list(bits.activations if s.role == "product" else (SUM,)) for s in prices.layout.sites if s.name in prices.sites}
+    if all(set(own) == {FLOAT} for own in _of_weights(prices, bits).values()):
+        found = {}  # no product is one of integers
+    _check_known(found, prices.sites)
+    return found
+
+
+def _check_known(allowed: Mapping[str, Sequence[int]], prices: Prices) -> None:
+    for name, own in allowed.items():
+        known = [*prices[name], FLOAT]
+        if not own or not set(own) <= set(known):
+            raise ValueError(f"{name} may have {', '.join(map(str, own)) or 'no'} bits, but has prices for {', '.join(map(str, known))}")
+
+
+def _checked(prices: Prices, kind: str, exchange: float) -> dict[str, dict[int, tuple[float, float]]]:
+    for name, own in prices.items():
+        for b, p in own.items():
+            if not (np.isfinite(p.rise) and np.isfinite(p.stderr)):
+                raise ValueError(f"{kind} {name!r} at {b} bits has the price {p.rise} ± {p.stderr}; prices must be finite: make them again")
+    return {n: {b: (p.rise * exchange, p.stderr * exchange) for b, p in own.items()} for n, own in prices.items()}
+
+
+def _with_idle(prices: dict[str, dict[int, tuple[float, float]]]) -> dict[str, dict[int, tuple[float, float]]]:
+    """A read that is as wide as its tensor costs nothing more."""
+    return {n: {b: (0.0, 0.0) if n.endswith(READ) and b >= SUM else p for b, p in own.items()} for n, own in prices.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """The choices along the sweeps of a problem: moves, how many of them each candidate has made, its costs and its rise."""
+
+    problem: Problem
+    moves: tuple[Moves, ...]
+    line: np.ndarray
+    stop: np.ndarray
+    costs: np.ndarray
+    rises: np.ndarray
+
+    def state(self, candidate: int) -> State:
+        """A candidate."""
+        stops = self.stop[candidate : candidate + 1]
+        return next(self.moves[int(self.line[candidate])].states(self.problem.full(), stops))
+
+    def choice(self, candidate: int, measure: Callable[[Plan], Cost] = cost) -> Choice:
+        """A candidate with its exact cost."""
+        plan = self.problem.plan(self.state(candidate))
+        *parts, variance = self.rises[candidate].tolist()
+        return Choice(plan, measure(plan), Prediction(parts[0], parts[1], parts[2], parts[3], variance**0.5))
+
+
+def family(problem: Problem, costs: Collection[str] = ("bytes",)) -> Family:
+    """Candidates for budgets of these costs: sweeps in which they count by themselves and in even mixtures."""
+    whole = _whole(problem)
+    lines = [sweep(problem, np.array([mix.get(c, 0.0) / max(getattr(whole, c), 1) for c in COSTS])) for mix in _mixes(costs)]
+    stops = [_stops(len(m.kind), max(POINTS // len(lines), 100)) for m in lines]
+    found = [(problem.costs(s), problem.rises(s)) for m, stop in zip(lines, stops, strict=True) for s in m.states(problem.full(), stop)]
+    line = np.repeat(np.arange(len(lines)), [len(s) for s in stops])
+    return Family(problem, tuple(lines), line, np.concatenate(stops), *(np.array(column) for column in zip(*found, strict=True)))
+
+
+def _whole(problem: Problem) -> Cost:
+    return cost(Plan(problem.structure))
+
+
+def _mixes(costs: Collection[str]) -> Iterator[dict[str, float]]:
+    """All shares of the costs in steps of one part in :data:`MIXES`; a cost that has no slope here goes with the arithmetic."""
+    known = list(dict.fromkeys(c if c in COSTS else "macs" for c in costs))
+    for shares in product(range(MIXES + 1), repeat=len(known)):
+        if sum(shares) == (MIXES if len(known) > 1 else 1):
+            yield dict(zip(known, map(float, shares), strict=True))
+
+
+def _stops(moves: int, points: int) -> np.ndarray:
+    return np.unique(np.linspace(0, moves, min(moves, points) + 1).round().astype(np.int64))
+
+
+def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cost) -> Choice:
+    """The candidate of least predicted rise that fits the budget.
+
+    Args:
+        measure: the cost of a plan, where the budget looks at more than :func:`~.costs.cost` knows.
+
+    Raises:
+        ValueError: if none fits; the message has the smallest costs that can be reached.
+    """
+    whole = measure(Plan(family.problem.structure))
+    fitting = [n for n in np.argsort(family.rises[:, :-1].sum(axis=1), kind="stable").tolist() if _fits(family.costs[n], budget, whole)]
+    for n in fitting:
+        if budget((found := family.choice(n, measure)).cost, whole):
+            return found
+    smallest = measure(family.problem.plan(family.state(int(np.argmin(family.costs.sum(axis=1))))))
+    raise ValueError(unreachable(smallest, whole, budget, "lower the floor or the multiple, or allow fewer bits", by="widths and bits"))
+
+
+def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:
+    known = dict(zip(COSTS, (int(c) for c in costs), strict=True))
+    if isinstance(budget, AtMost):
+        return all(known[k] <= limit for k, limit in budget.absolute(whole).items() if k in known)
+    return budget(Cost(**known), whole)
+
+
+def search_jointly(structure: Structure, scores: Scores, prices: BitPrices, wiring: Wiring, budget: Budget, **options: Any) -> Choice:
+    """The gentlest plan of widths and bits that fits the budget; ``options`` are those of :func:`joint_problem`.
+
+    Raises:
+        ValueError: as that and :func:`choose` do.
+    """
+    found = joint_problem(structure, scores, prices, wiring, **options)
+    return choose(family(found, tuple(budget.limits) if isinstance(budget, AtMost) else ("bytes", "bops")), budget)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One kind of decision made alone: predicted and measured rise of the loss; the latter after recovery."""
+
+    kind: str
+    predicted: float
+    measured: float
+
+
+def exchange_rates(probes: Sequence[Probe]) -> Exchange:
+    """For each kind, measured over predicted rise of all its probes together; 1 for a kind without probes.
+
+    A rise that recovery takes away altogether counts as a thousandth of what was predicted, for nothing is free.
+
+    Raises:
+        ValueError: if a kind is unknown, or nothing was predicted for it.
+    """
+    rates = {}
+    for kind in dict.fromkeys(p.kind for p in probes):
+        if kind not in Exchange.__dataclass_fields__:
+            raise ValueError(f"probes of {kind!r} are unknown; the kinds are {', '.join(Exchange.__dataclass_fields__)}")
+        predicted, measured = (sum(getattr(p, part) for p in probes if p.kind == kind) for part in ("predicted", "measured"))
+        if not predicted > 0:
+            raise ValueError(f"the probes of {kind} predict a rise of {predicted}; a rate needs one above zero")
+        rates[kind] = max(measured / predicted, 1e-3)
+    return Exchange(**rates)
+
+
+def frontier(family: Family, count: int = 12) -> list[Choice]:
+    """So many choices that no other candidate beats in both bytes and predicted rise, from the largest, in even ratios of bytes."""
+    size, rise = family.costs[:, COSTS.index("bytes")], family.rises[:, :-1].sum(axis=1)
+    order = np.lexsort((rise, size))
+    kept = order[rise[order] < np.concatenate([[np.inf], np.minimum.accumulate(rise[order])[:-1]])]
+    marks = np.geomspace(size[kept].max(), size[kept].min(), count)
+    picked = dict.fromkeys(int(kept[np.argmin(np.abs(size[kept] - m))]) for m in marks)
+    return [family.choice(n) for n in picked]

@@ -1,0 +1,278 @@
+"""Widths and bits as one problem in arrays: what every choice costs and is predicted to do to the loss, and the slopes of both.
+
+A tensor has as many elements as the product of its lengths, and a length is a sum over the groups that share it (or, where two
+groups cross, as heads and their widths do, a product).  So the saving of a channel follows from all other widths and from the bits of
+the tensors it lives in, and all of that is a few sums over one flat list of members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ..bitplan import FLOAT, READ, SCALE, ZERO_POINT, BitPlan, Wiring
+from ..costs import ITEM_BYTES, STORED
+from ..plan import Plan
+from ..structure import Structure
+from .ladders import Ladder
+
+COSTS = ("params", "bytes", "macs", "bops")
+"""The costs of a problem, in the order of its arrays."""
+Table = Mapping[str, Mapping[int, tuple[float, float]]]
+"""Predicted rise and its standard error, by name and number of bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A choice: the rung of every ladder, and the column of bits of every weight and activation.  Integer arrays."""
+
+    rungs: np.ndarray
+    weights: np.ndarray
+    activations: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Bits some tensors may have: ``levels[column]``; ``rise`` (infinite where not allowed), ``variance`` ``[tensors, columns]``."""
+
+    names: tuple[str, ...]
+    levels: np.ndarray
+    rise: np.ndarray
+    variance: np.ndarray
+
+    def best(self, price: np.ndarray, share: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """The columns of least ``rise * share + price`` that have no more bits than those of ``now``."""
+        total = self.rise * share[:, None] + price
+        total[self.levels[None, :] > self.levels[now][:, None]] = np.inf
+        return np.argmin(total, axis=1) if len(now) else now
+
+
+def options(table: Table, allowed: Mapping[str, Sequence[int]]) -> Options:
+    """Bits from most to fewest; 32 is float and costs nothing."""
+    levels = np.array(sorted({b for own in allowed.values() for b in own}, reverse=True), dtype=np.int64)
+    rise, variance = np.full((len(allowed), len(levels)), np.inf), np.zeros((len(allowed), len(levels)))
+    for row, (name, own) in enumerate(allowed.items()):
+        for column, b in enumerate(levels.tolist()):
+            if b in own:
+                value, stderr = (0.0, 0.0) if b == FLOAT else table[name][b]
+                rise[row, column], variance[row, column] = value, stderr**2
+    return Options(tuple(allowed), levels, rise, variance)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All that can be decided, and what follows.  Arrays over members, dimensions, tensors and products; see :func:`problem`."""
+
+    structure: Structure
+    ladders: tuple[Ladder, ...]
+    weights: Options
+    activations: Options
+    wiring: Wiring
+    arrays: Mapping[str, np.ndarray]
+
+    def full(self) -> State:
+        """All channels, and for every tensor the most bits it may have."""
+        first = [
+            np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in (self.weights, self.activations)
+        ]
+        return State(np.zeros(len(self.ladders), np.int64), *first)
+
+    def lengths(self, state: State) -> np.ndarray:
+        """Of every dimension that some group shares."""
+        a = self.arrays
+        width = a["width"][a["offset"] + state.rungs]
+        added = a["fixed"] + np.bincount(a["site"], a["rows"] * width[a["ladder"]], len(a["fixed"]))
+        crossed = np.bincount(a["site"], np.log(np.maximum(width, 1e-9) / a["size"])[a["ladder"]], len(a["fixed"]))
+        return np.where(a["additive"], added, np.rint(a["length"] * np.exp(crossed)))
+
+    def elements(self, lengths: np.ndarray) -> np.ndarray:
+        """Of every tensor."""
+        a = self.arrays
+        share = np.log(np.maximum(lengths, 1e-9) / a["length"])
+        return np.rint(a["elements"] * np.exp(np.bincount(a["tensor"], share, len(a["elements"]))))
+
+    def bits(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Bits of every weight, and those with which every factor is multiplied: weights, activations, and one in float."""
+        own = self.weights.levels[state.weights]
+        acts = self.activations.levels[state.activations]
+        parents = self.arrays["parent"]
+        read = np.where(parents >= 0, np.minimum(acts, acts[parents]), acts) if len(acts) else acts
+        return own, np.concatenate([own, read, [FLOAT]])
+
+    def item_bytes(self, own: np.ndarray) -> np.ndarray:
+        """Bytes of an element of every tensor, a fraction where it is packed."""
+        a = self.arrays
+        found = a["item"].copy()
+        found[a["weight"]] = np.where(own < FLOAT, own / 8, found[a["weight"]])
+        found[a["scale"]] = np.where(own < FLOAT, SCALE, 0)
+        return found
+
+    def costs(self, state: State) -> np.ndarray:
+        """The costs in the order of :data:`COSTS`."""
+        a, elements = self.arrays, self.elements(self.lengths(state))
+        own, factors = self.bits(state)
+        macs = elements * a["positions"]
+        each = elements[a["p_tensor"]] * a["p_positions"]
+        bops = FLOAT**2 * macs.sum() - (each * (FLOAT**2 - factors[a["p_first"]] * factors[a["p_second"]])).sum()
+        stored = np.ceil(elements * self.item_bytes(own)).sum() + self.wiring.constants + self._grids(state)
+        return np.array([elements[a["parameter"] > 0].sum(), stored, macs.sum(), bops])
+
+    def _grids(self, state: State) -> int:
+        acts, parents = self.activations.levels[state.activations], self.arrays["parent"]
+        if not len(acts):
+            return 0
+        there = (acts < FLOAT) & ((parents < 0) | (acts < acts[parents]))
+        return int((SCALE + ZERO_POINT) * there.sum())
+
+    def shares(self, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How much of every weight is left, and of what products read of every activation."""
+        a = self.arrays
+        left = elements / a["elements"]
+        weights = left[a["weight"]]
+        outputs = left[a["scale"]]
+        reads = np.ones(len(self.activations.names))
+        reads[a["read_by_activation"]] = np.divide(weights, outputs, out=np.zeros_like(weights), where=outputs > 0)[a["read_by_weight"]]
+        return weights, reads
+
+    def steps(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted rise of the loss by every ladder, and its variance; a group inside a branch that is gone adds nothing to that."""
+        a, at = self.arrays, self.arrays["offset"] + state.rungs
+        stays = np.bincount(a["inner"], state.rungs[a["around"]], len(self.ladders)) == 0
+        return a["rise"][at] * stays, a["variance"][at] * stays
+
+    def rises(self, state: State) -> np.ndarray:
+        """Predicted rise of the loss by channels, weights, activations and branches, and the variance of their sum."""
+        a, (weights, reads) = self.arrays, self.shares(self.elements(self.lengths(state)))
+        steps, spread = self.steps(state)
+        parts, variance = [steps[~a["whole"]].sum()], spread.sum()
+        for own, column, share in ((self.weights, state.weights, weights), (self.activations, state.activations, reads)):
+            rows = np.arange(len(column))
+            parts.append((own.rise[rows, column] * share).sum())
+            variance += (own.variance[rows, column] * share**2).sum()
+        return np.array([*parts, steps[a["whole"]].sum(), variance])
+
+    def plan(self, state: State) -> Plan:
+        """The plan of a choice."""
+        keep = {n: c for ladder, r in zip(self.ladders, state.rungs.tolist(), strict=True) for n, c in ladder.kept(r).items()}
+        both = zip(self.ladders, state.rungs.tolist(), strict=True)
+        skip = tuple(ladder.branch.name for ladder, rung in both if ladder.branch and rung)
+        if not (self.weights.names or self.activations.names):
+            return Plan(self.structure, keep, skip)
+        named = [
+            {n: (b if b < FLOAT else None) for n, b in zip(o.names, o.levels[c].tolist(), strict=True)}
+            for o, c in ((self.weights, state.weights), (self.activations, state.activations))
+        ]
+        return Plan(self.structure, keep, skip, bits=BitPlan(named[0], named[1], self.wiring))
+
+
+def problem(structure: Structure, ladders: Sequence[Ladder], weights: Options, activations: Options, wiring: Wiring) -> Problem:
+    """The problem in arrays.
+
+    ``ladder``, ``site`` and ``rows`` are over members; ``tensor``, ``length``, ``fixed`` and ``additive`` over dimensions, where a branch
+    is one more dimension, of length one, of all its tensors; ``elements``, ``item``, ``positions`` and ``parameter`` over tensors, the
+    structure's first, then the scales of every weight, then new biases.  ``inner`` and ``around`` are pairs of ladders: a group or branch
+    and a branch that all of it is in.
+    """
+    tensors = {**structure.tensors}
+    number = {n: i for i, n in enumerate(tensors)}
+    extra = [(w, wiring.axes[w]) for w in weights.names] + [(w, wiring.axes[w]) for w in wiring.biases.values()]
+    stored = [ITEM_BYTES[t.dtype] if t.kind in STORED and n not in wiring.gone else 0 for n, t in tensors.items()]
+    item = [*stored, *(0 for _ in weights.names), *(ITEM_BYTES[tensors[w].dtype] for w in wiring.biases.values())]
+    arrays: dict[str, np.ndarray] = {
+        "elements": np.array([*(prod(t.shape) for t in tensors.values()), *(tensors[w].shape[d] for w, d in extra)], dtype=np.float64),
+        "item": np.array(item, dtype=np.float64),
+        "positions": np.array([*(t.positions for t in tensors.values()), *(0 for _ in extra)], dtype=np.float64),
+        "parameter": np.array([*(t.kind == "parameter" for t in tensors.values()), *(0 for _ in extra)]),
+        "weight": np.array([number[w] for w in weights.names], dtype=np.int64),
+        "scale": len(tensors) + np.arange(len(weights.names)),
+    }
+    copies = {(w, d): [len(tensors) + i for i, other in enumerate(extra) if other == (w, d)] for w, d in extra}
+    arrays |= (
+        _ladder_arrays(ladders)
+        | _nesting(ladders)
+        | _member_arrays(structure, ladders, number, copies)
+        | _product_arrays(weights, activations, wiring, number)
+    )
+    return Problem(structure, tuple(ladders), weights, activations, wiring, arrays)
+
+
+def _ladder_arrays(ladders: Sequence[Ladder]) -> dict[str, np.ndarray]:
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.zeros(0), *parts])
+
+    counts = np.array([len(w.widths) for w in ladders], dtype=np.int64)
+    return {
+        "offset": np.cumsum(counts) - counts,
+        "of_rung": np.repeat(np.arange(len(ladders)), counts),
+        "width": joined([w.widths for w in ladders]),
+        "rise": joined([w.rises for w in ladders]),
+        "variance": joined([w.variances for w in ladders]),
+        "price": joined([w.prices for w in ladders]),
+        "size": np.array([w.widths[0] for w in ladders], dtype=np.float64),
+    }
+
+
+def _nesting(ladders: Sequence[Ladder]) -> dict[str, np.ndarray]:
+    branches = [(n, ladder.branch, set(ladder.branch.tensors)) for n, ladder in enumerate(ladders) if ladder.branch]
+    own = [{m.tensor for g, _ in w.groups for m in g.members} | {*(w.branch.tensors if w.branch else ())} for w in ladders]
+    pairs = [(k, n) for k, tensors in enumerate(own) for n, branch, held in branches if ladders[k].branch != branch and tensors <= held]
+    columns = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return {"inner": columns[:, 0], "around": columns[:, 1], "whole": np.array([w.branch is not None for w in ladders], dtype=bool)}
+
+
+def _member_arrays(
+    structure: Structure, ladders: Sequence[Ladder], number: Mapping[str, int], copies: Mapping[tuple[str, int], list[int]]
+) -> dict[str, np.ndarray]:
+    owner = {g.name: (n, divisor) for n, ladder in enumerate(ladders) for g, divisor in ladder.groups}
+    shared: dict[tuple[str, int], list[tuple[int, float, np.ndarray]]] = {}
+    for group in structure.groups:
+        if group.name in owner:
+            ladder, divisor = owner[group.name]
+            for m in group.members:
+                shared.setdefault((m.tensor, m.dim), []).append((ladder, m.rows.shape[1] / divisor, m.rows))
+    members: list[tuple[int, int, float]] = []
+    sites: list[tuple[int, float, float, bool]] = []
+    for (tensor, dim), own in shared.items():
+        length, covered = structure.tensors[tensor].shape[dim], sum(r.size for _, _, r in own)
+        additive = len(own) == 1 or len(np.unique(np.concatenate([r.ravel() for _, _, r in own]))) == covered
+        for t in (number[tensor], *copies.get((tensor, dim), [])):
+            members += [(ladder, len(sites), rows) for ladder, rows, _ in own]
+            sites.append((t, length, length - covered, additive))
+    for n, branch in ((n, w.branch) for n, w in enumerate(ladders) if w.branch):
+        for tensor in branch.tensors:
+            for t in (number[tensor], *(t for (name, _), more in copies.items() if name == tensor for t in more)):
+                members.append((n, len(sites), 1.0))
+                sites.append((t, 1, 0, True))
+    columns = list(zip(*members, strict=True)) or [(), (), ()]
+    about = list(zip(*sites, strict=True)) or [(), (), (), ()]
+    return {
+        "ladder": np.array(columns[0], dtype=np.int64), "site": np.array(columns[1], dtype=np.int64),
+        "rows": np.array(columns[2], dtype=np.float64),
+        "tensor": np.array(about[0], dtype=np.int64), "length": np.array(about[1], dtype=np.float64),
+        "fixed": np.array(about[2], dtype=np.float64), "additive": np.array(about[3], dtype=bool),
+    }  # fmt: skip
+
+
+def _product_arrays(weights: Options, activations: Options, wiring: Wiring, number: Mapping[str, int]) -> dict[str, np.ndarray]:
+    names = [*weights.names, *activations.names]
+    place = {n: i for i, n in enumerate(names)}
+    last, acts = len(names), {n: i for i, n in enumerate(activations.names)}
+
+    def factor(name: str) -> int:
+        return place.get(name, place.get(name.removesuffix(READ), last))
+
+    reads = [
+        (acts[f], weights.names.index(p.tensor)) for p in wiring.products for f in p.factors if f in acts and p.tensor in weights.names
+    ]
+    return {
+        "p_tensor": np.array([number[p.tensor] for p in wiring.products], dtype=np.int64),
+        "p_positions": np.array([p.positions for p in wiring.products], dtype=np.float64),
+        "p_first": np.array([factor(p.factors[0]) for p in wiring.products], dtype=np.int64),
+        "p_second": np.array([factor(p.factors[1]) for p in wiring.products], dtype=np.int64),
+        "parent": np.array([acts.get(n.removesuffix(READ), -1) if n.endswith(READ) else -1 for n in activations.names], dtype=np.int64),
+        "read_by_activation": np.array([a for a, _ in reads], dtype=np.int64),
+        "read_by_weight": np.array([w for _, w in reads], dtype=np.int64),
+    }

@@ -1,0 +1,182 @@
+"""Plans of widths and bits from the files of a run: prices of bits of its original model, the family of plans, and the frontier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from ..bitplan import BitPlan, Multiplication, Wiring
+from ..costs import cost
+from ..curvature import Stop
+from ..files import write_text
+from ..plan import Plan, after, dropped, dumps
+from ..planner.alignment import Shape
+from ..planner.depth import Removal, shorten
+from ..planner.joint import SUM, Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
+from ..planner.wiring import bits_of_plan, wiring
+from ..quantization.bitwidths import bit_prices, layout_of, prices_from_dict, prices_to_dict
+from ..quantization.quantized import Bits, calibrate, quantize
+from ..report import picture
+from ..runs.artifacts import load_scores, load_structure, read_json
+from ..runs.desk import Desk
+from ..runs.folder import Run
+from ..scores import Scores
+from ..structure import Structure
+from ..surgery.cutting import applied
+from ..training.batchnorm import reestimate
+
+Settings = Mapping[str, Any]
+WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
+FRONTIER = {"format": "curvepress frontier", "version": 1}
+CALIBRATED = 512
+"""Examples that ranges of activations are found on where a point of the frontier is measured."""
+AUTO = "auto"
+"""Says that the planner chooses how many branches, and which."""
+SHORTENED = 3
+"""Calibration batches on which branches are left out on trial."""
+
+
+def weighed(desk: Desk, settings: Settings) -> None:
+    """The stage that prices all bits of the original model, or of what is left of it without the branches that cost least."""
+    recipe, model = desk.recipe, desk.original()
+    structure = load_structure(desk.path("structure.json"))
+    asked = settings.get("branches", 0)
+    skip, branches = ((), measured_branches(desk, structure)) if asked == AUTO else (left_out(desk, structure, asked), {})
+    if skip:
+        without = Plan(structure, skip=skip)
+        model, structure = applied(model, without, *recipe.inputs()).model, after(without)
+        model = reestimate(model, recipe.batches("calibration", seed=settings["seed"])).eval()
+    found = wiring(model, structure, recipe.inputs())
+    batches = recipe.batches("calibration", seed=settings["seed"])
+    show = lambda p: desk.progress("calibration batches", p.samples, p.wanted or p.samples)  # noqa: E731
+    prices = bit_prices(
+        model, recipe.loss, batches, recipe.inputs(), stop=Stop(examples=settings["examples"]), seed=settings["seed"], progress=show,
+        temperature=settings.get("temperature", 1.0),
+    )  # fmt: skip
+    desk.note(prices.detail)
+    what = {"skip": skip, "branches": branches, "wiring": asdict(found), "prices": prices_to_dict(prices)}
+    write_text(desk.path("bit_prices.json"), dumps({**WEIGHED, **what}))
+
+
+def left_out(desk: Desk, structure: Structure, count: int) -> tuple[str, ...]:
+    """So many branches, those that cost least by the loss on calibration batches.
+
+    Raises:
+        ValueError: if the model has fewer.
+    """
+    if not count:
+        return ()
+    gone = _shortened(desk, structure, count)
+    desk.note(f"without {', '.join(r.name for r in gone)}: the loss rises by {gone[-1].rise:.3g} ± {gone[-1].stderr:.2g} before repair")
+    return tuple(r.name for r in gone)
+
+
+def measured_branches(desk: Desk, structure: Structure) -> dict[str, tuple[float, float]]:
+    """By how much the loss rises without each branch, and its standard error, for the half of them that cost least: each left out after
+    those that cost less, so that the sum of any of them is that of their going together, or more.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    if not structure.branches:
+        raise ValueError("--branches auto: this model has no residual branches; leave it out")
+    gone = _shortened(desk, structure, (len(structure.branches) + 1) // 2)
+    before = [0.0, *(r.rise for r in gone)]
+    return {r.name: (max(r.rise - b, 0.0), r.stderr) for r, b in zip(gone, before, strict=False)}
+
+
+def _shortened(desk: Desk, structure: Structure, count: int) -> tuple[Removal, ...]:
+    recipe, tell = desk.recipe, lambda n: desk.progress("branches measured", n, max(n, len(structure.branches)))
+    batches = list(islice(recipe.batches("calibration", seed=0), SHORTENED))
+    return shorten(desk.original(), recipe.loss, batches, structure, count, example=recipe.inputs(), progress=tell)
+
+
+def weighed_without(run: Run) -> tuple[str, ...]:
+    """The branches without which the bits of a run were priced."""
+    return tuple(read_json(run.folder / "bit_prices.json", WEIGHED).get("skip", ()))
+
+
+def joint_family(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Family:
+    """All candidates for the budgets in the settings.
+
+    Raises:
+        ValueError: if the prices of bits are missing or damaged, or as :func:`~.joint.joint_problem` does.
+    """
+    data = read_json(run.folder / "bit_prices.json", WEIGHED)
+    w = data["wiring"]
+    products = tuple(Multiplication(p["tensor"], p["positions"], tuple(p["factors"])) for p in w["products"])
+    known = Wiring(products, w["axes"], tuple(w["gone"]), w["biases"], w["constants"])
+    problem = joint_problem(
+        structure, scores, prices_from_dict(data["prices"]), known,
+        bits=Bitwidths(settings["bits"], settings["activation_bits"]),
+        shape=Shape(settings["multiple"], settings["floor"], settings.get("whole", ()), settings.get("aligned", False)),
+        exchange=Exchange(**settings.get("exchange", {})),
+        branches={name: (rise, stderr) for name, (rise, stderr) in data.get("branches", {}).items()},
+    )  # fmt: skip
+    return family(problem, [k for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None] or ["bytes"])
+
+
+def rewired(desk: Desk, plan: Plan, product: int) -> Plan:
+    """A plan whose branches were chosen with its bits, with the activations that are left without them, on ``product`` bits where products
+    read them."""
+    if plan.bits is None or not plan.skip:
+        return plan
+    recipe, without = desk.recipe, Plan(plan.structure, skip=plan.skip)
+    model = applied(desk.original(), without, *recipe.inputs()).model
+    wired, what = wiring(model, after(without), recipe.inputs()), layout_of(model, recipe.inputs())
+    sites = {s.name: product if s.role == "product" else SUM for s in what.sites}
+    gone = dropped(plan)
+    inner = {g.name for g in plan.structure.groups if gone.issuperset(m.tensor for m in g.members)}
+    keep = {n: c for n, c in plan.keep.items() if n not in inner}
+    return Plan(plan.structure, keep, plan.skip, bits=BitPlan({n: b for n, b in plan.bits.weights.items() if n not in gone}, sites, wired))
+
+
+def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: int) -> Iterator[dict[str, Any]]:
+    """The choices as data; measured, if asked, on the validation split without training: pruned, statistics re-estimated, rounded."""
+    for n, choice in enumerate(choices):
+        parts = asdict(choice.predicted) | {"rise": choice.predicted.rise}
+        measured = measured_without_training(desk, choice.plan, seed) if measure else None
+        desk.progress("plans", n + 1, len(choices))
+        yield {"number": n + 1, "cost": asdict(choice.cost), "predicted": parts, "measured": measured}
+
+
+def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, float]:
+    """Metrics of a plan on the validation split as it is made, with statistics re-estimated and everything rounded, nothing trained."""
+    recipe = desk.recipe
+    small = applied(desk.original(), plan, *recipe.inputs()).model
+    small = reestimate(small, recipe.batches("calibration", seed=seed)).eval()
+    if plan.bits is not None:
+        module = quantize(small, bits_of_plan(plan), recipe.inputs())
+        small = calibrate(module, recipe.batches("calibration", seed=seed + 1), examples=CALIBRATED).eval()
+    return dict(recipe.metrics(small, "validation"))
+
+
+def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool) -> tuple[list[Choice], dict[str, Any]]:
+    """The frontier of a run by bytes, and the same as data, which is written to ``frontier.json`` and drawn in ``frontier.svg``."""
+    structure = load_structure(desk.path("structure.json"))
+    choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
+    points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
+    data: dict[str, Any] = {"original": cost(Plan(structure)).known(), "points": points}
+    write_text(desk.path("frontier.json"), dumps({**FRONTIER, **data}))
+    write_text(desk.path("frontier.svg"), picture(points, data["original"]))
+    return choices, data
+
+
+def picked(choices: list[Choice], number: int) -> Plan:
+    """The plan of a point of the frontier, by its number in the table.
+
+    Raises:
+        ValueError: if there is no such point.
+    """
+    if not 1 <= number <= len(choices):
+        raise ValueError(f"--pick {number}: the points of this frontier are 1 to {len(choices)}")
+    return choices[number - 1].plan
+
+
+def given_bits(plan: Plan) -> str:
+    """The bits of a plan as the stage that chooses bits takes them."""
+    bits: Bits = bits_of_plan(plan)
+    return json.dumps(json.loads(bits.to_json()))

@@ -1,0 +1,102 @@
+"""The plan stage of the main job: what is left out and cut, under the budget that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..costs import cost, written
+from ..latency import Table
+from ..plan import Plan
+from ..planner.alignment import head_widths
+from ..planner.channels import at_most, search
+from ..planner.depth import around
+from ..planner.joint import choose
+from ..runs.artifacts import load_scores, load_structure
+from ..runs.desk import Desk
+from ..runs.folder import Run
+from ..scores import LOSS_UNIT, Scores
+from ..structure import Structure
+from .planning import AUTO, joint_family, left_out, rewired, weighed_without
+from .timetables import table_of, timed_plan
+
+Settings = Mapping[str, Any]
+PERCENTS = 100
+"""Up to here an absolute limit that is out of reach was perhaps meant in percent."""
+
+
+def planned(desk: Desk, settings: Settings) -> Plan:
+    """The plan of a run under the budget of its settings; one of latency is kept when it is measured.
+
+    Raises:
+        ValueError: if no plan fits, or the whole model does.
+    """
+    structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
+    skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
+    if settings.get("latency") is None:
+        return _whole(desk, settings, _searched(desk.run, structure, scores, settings, skip))
+    table = table_of(desk, settings)
+
+    def within(limit: float) -> Plan:
+        return _searched(desk.run, structure, scores, {**settings, "latency": limit}, skip, table)
+
+    return _whole(desk, settings, timed_plan(desk, settings, table, within).plan)
+
+
+def _whole(desk: Desk, settings: Settings, plan: Plan) -> Plan:
+    return rewired(desk, plan, *settings["activation_bits"]) if settings["branches"] == AUTO else plan
+
+
+def _searched(
+    run: Run, structure: Structure, scores: Scores, settings: Settings, skip: Sequence[str] = (), table: Table | None = None
+) -> Plan:
+    limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
+    options = {k: settings[k] for k in ("per", "multiple", "floor", "whole", "aligned")}
+    if settings["aligned"] and not head_widths(structure):
+        raise ValueError(
+            "--aligned has nothing to hold equal: this model has no attention block with a query-key and a value width; leave it out"
+        )
+    try:
+        budget = replace(at_most(**limits), of=cost(Plan(structure), table))
+
+        def gentlest(structure: Structure, scores: Scores) -> Plan:
+            times = _rest(table, structure) if table and skip else table
+            if settings.get("bits"):
+                return choose(joint_family(run, structure, scores, settings), budget, partial(cost, table=times)).plan
+            return search(structure, scores, budget, table=times, **options)
+
+        plan = around(structure, scores, skip, gentlest) if skip else gentlest(structure, scores)
+    except ValueError as error:
+        percents = [v for v in limits.values() if isinstance(v, int) and v <= PERCENTS]
+        raise ValueError(f"{error}{f'; for {percents[0]} percent write {percents[0]}%' if percents else ''}") from error
+    if plan.empty and not settings.get("bits"):
+        said = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
+        raise ValueError(f"the whole model ({said}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less")
+    return plan
+
+
+def _rest(table: Table, structure: Structure) -> Table:
+    return table.without([name for name in table.layers if name not in structure.tensors])
+
+
+def check_budget(desk: Desk, settings: Settings) -> None:
+    """See whether a plan can meet a budget, which does not depend on the scores; for one of latency its table is measured now.
+
+    Raises:
+        ValueError: if none can, or the whole model does.
+    """
+    structure = load_structure(desk.path("structure.json"))
+    zeros = {g.name: np.zeros(g.size) for g in structure.free}
+    table = None if settings.get("latency") is None else table_of(desk, settings)
+    skip = weighed_without(desk.run) if settings.get("bits") else _largest(structure, settings["branches"])
+    _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)
+
+
+def _largest(structure: Structure, count: int) -> tuple[str, ...]:
+    if count > len(structure.branches):
+        raise ValueError(f"--branches {count}: this model has {len(structure.branches)} residual branches that can be left out")
+    return tuple(b.name for b in sorted(structure.branches, key=lambda b: cost(Plan(structure, skip=(b.name,))).params)[:count])

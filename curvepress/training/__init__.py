@@ -1,0 +1,1 @@
+"""Weights that change by gradients, and statistics of batches read again."""
