@@ -188,7 +188,7 @@ def gathered() -> dict[str, Rows]:
     found: dict[str, Rows] = {part: [] for part, _, _ in SECTIONS}
     for r in (*records.read(reproduce.FILE), *borrowed()):
         found[r["part"]].append(r)
-    found["heads"] = [r for r in records.read(HERE / "transformers.jsonl") if r.get("what") == "heads"]
+    found["heads"] = [r for r in records.read(HERE / "transformers.jsonl") if (r.get("what"), r.get("task")) == ("heads", "sst2")]
     found["gpu"] = records.read(HERE / "gpu_training.jsonl")
     return found
 

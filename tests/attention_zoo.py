@@ -151,19 +151,6 @@ class LibraryLayer(Block):
         return self.layer(x)
 
 
-class LibraryToken(Library):
-    """torch's own attention, which makes one dimension of batch and heads, behind a class token repeated for every example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat((self.token.expand(x.shape[0], -1, -1), self.embed(x)), 1)
-        x = x + self.out(self.attend(self.norm(x)))
-        return self.head(x[:, 0] + self.down(F.gelu(self.up(self.norm2(x[:, 0])))))
-
-
 class RMSNorm(nn.Module):
     """Written by hand: the mean runs over the channels that are left."""
 
@@ -286,7 +273,6 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__.lower(): f for f in (Separate, Eager, Einsum, Causal, MultiQuery, GroupedQuery, Chunked, SplitByConstant, Reshaped,
                                        Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
     "library": Library,
-    "library_token": LibraryToken,
     "library_with_weights": lambda: Library(weights=True),
     "library_layer": lambda: LibraryLayer(first=False),
     "library_layer_norm_first": lambda: LibraryLayer(first=True),

@@ -375,7 +375,7 @@ def test_population_estimates_have_images_of_their_own(task_of_noise, monkeypatc
     monkeypatch.setattr(curvature_ours, "traces", lambda model, batches, **_: asked.append([len(b[1]) for b in batches]))
     monkeypatch.setattr(Task, "pool", lambda self, size, start=0: (None, range(size)))
     list(curvature_ours.population(images=512, again=2)(task_of_noise, 0))
-    assert asked == [[256] * 32] * 2
+    assert asked == [[curvature_ours.SHARD] * (curvature_ours.APART // curvature_ours.SHARD)] * 2
 
 
 def test_two_processes_report_what_one_does(monkeypatch, tmp_path):

@@ -194,13 +194,13 @@ def test_constraints_are_kept() -> None:
 
 
 def test_with_all_channels_held_only_bits_are_chosen() -> None:
-    plan = search_jointly(*everything(*residual()), at_most(bytes=0.4), bits=BITS, shape=Shape(whole=("*",))).plan
+    plan = search_jointly(*everything(*residual()), at_most(bytes=0.3), bits=BITS, shape=Shape(whole=("*",))).plan
     assert not plan.keep and plan.bits is not None and min(b for b in plan.bits.weights.values() if b) < 8
 
 
 def test_rates_of_exchange_are_measured_over_predicted() -> None:
     probes = [Probe("channels", 2.0, 0.1), Probe("channels", 4.0, 0.2), Probe("weights", 1.0, -0.5)]
-    assert vars(exchange_rates(probes)) == pytest.approx({"channels": 0.05, "weights": 1e-3, "activations": 1.0})
+    assert vars(exchange_rates(probes)) == pytest.approx({"channels": 0.05, "weights": 1e-3, "activations": 1.0, "branches": 1.0})
     with pytest.raises(ValueError, match="probes of 'heads' are unknown"):
         exchange_rates([Probe("heads", 1.0, 1.0)])
     with pytest.raises(ValueError, match="predict a rise of 0"):

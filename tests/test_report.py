@@ -376,7 +376,8 @@ def test_numbers_read_well(shown: str, wanted: str) -> None:
     assert re.sub(r"\s", " ", shown) == wanted
 
 
-def test_drawing_leaves_matplotlib_as_it_was() -> None:
+def test_drawing_leaves_matplotlib_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = dict(matplotlib.rcParams)
     html(alone())
     assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in sys.modules

@@ -27,6 +27,8 @@ from .workers import Sample
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of the passes.  ``full`` is the model's own.  Sums are always in double precision."""
+FEWEST = 4.0
+"""Pairs drawn from a batch, however small it is: with less than one, most samples would be empty."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def prepare(view: View, loss: Loss, batch: Batch, how: How) -> Setup:
     estimator, threshold, notes, outputs, quick = how.estimator, 0.0, [], None, None
     if estimator == "auto" or ESTIMATORS[estimator].vectors:
         estimator, outputs, quick = _chosen(view, loss, batch, how, few)
-        threshold = float(outputs.mass.sum()) / (how.rate * examples(batch[0]))
+        threshold = float(outputs.mass.sum()) / max(how.rate * examples(batch[0]), FEWEST)
         reading = examine(view, few, list(outputs.terms))
         notes.append(f"the loss is {outputs.form}")
         notes += ["pairs are drawn by a first pass in bfloat16, which brings no bias"] if quick and quick.half != view.half else []

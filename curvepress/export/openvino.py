@@ -34,19 +34,24 @@ class OpenVinoAgreement:
 
 
 def check_in_openvino(
-    path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, least_same: float = 99.5, threads: int = 1
+    path: str | Path, module: nn.Module, batches: Batches, *, examples: int = 256, least_same: float = 99.0, threads: int = 1
 ) -> OpenVinoAgreement:
     """How closely an ONNX file of integers computes in OpenVINO what the quantized module does.
 
+    OpenVINO moves rounding to other places than the file has it, so outputs may differ by more than quantization changes them where
+    predictions are the same.
+
     Raises:
-        ValueError: if OpenVINO is not installed, cannot read the file, or computes something else, as in :func:`to_integer_onnx`.
+        ValueError: if OpenVINO is not installed or cannot read the file; if fewer than ``least_same`` percent of the predictions are the
+            same and outputs differ by more than in :func:`to_integer_onnx`.
     """
     compiled, version = compiled_in_openvino(path, threads)
     names = [i.get_any_name() for i in compiled.inputs]
     given = partial(feeds, Path(path).name, names)
     data = take(batches, examples)
     found = compare(module, data, lambda inputs: list(compiled(given(tree_map(Tensor.numpy, inputs))).values()))
-    refuse_disagreement("OpenVINO", module, data, found[1], found[3], least_same)
+    if found[1] < least_same:
+        refuse_disagreement("OpenVINO", module, data, found[1], found[3], least_same)
     integer, total = _kernels(compiled)
     return OpenVinoAgreement(*found, integer, total, version)
 

@@ -106,15 +106,12 @@ class Ledger:
         self.touched.update(map(id, tensors))
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
-        """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing.
-
-        What meets a dimension that is never cut is none from here on: the batch of a token that was repeated for it takes no heads along.
-        """
+        """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""
         if len(a) != len(b) or (len(a) == 1 and not (a.labelled and b.labelled)):
             return a if len(a) > len(b) or a.labelled else b
         if a.labelled or b.labelled:
             self.atoms.equate(a.labels, b.labels, why)
-        return b if a.labelled else a
+        return a if a.labelled else b
 
     def freeze(self, dims: Iterable[Dim], why: str) -> None:
         """These dimensions may never be cut."""
