@@ -162,8 +162,15 @@ def _eight_bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any],
     precision = {"precision": p} if (p := asked.recovery.get("precision")) else {}
     return {
         "load": {"source": str(desk.run.folder.resolve()), "files": dict(source_files(desk.run.folder)), "threads": asked.threads},
-        "price": {"price": "trace", "examples": 256, "temperature": 1.0, "in_float": [], "asymmetric": False, "float_sums": False,
-                  **common},
+        "price": {
+            "price": "trace",
+            "examples": 256,
+            "temperature": 1.0,
+            "in_float": [],
+            "asymmetric": False,
+            "float_sums": False,
+            **common,
+        },
         "choose": {**free, "bits": chosen["bits"], "activations": [8], "target": "storage", "dynamic": False, "asymmetric": False},
         "quantize": {**tuning(desk.recipe, {**training, **precision}), **_GRIDS, "ranges": chosen["ranges"], **common},
         "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},
