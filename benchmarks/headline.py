@@ -28,8 +28,8 @@ from curvepress_recipes import cifar10 as recipe
 FILE = Path(__file__).parent / "results" / "headline.jsonl"
 FOLDER = Path("runs/benchmarks/headline")
 COMMAND = (
-    "compress cifar10 --option depth=56 --branches 9 --whole '*' --bytes 9.9% --bits 2-8 "
-    "--epochs 10 --lr 0.02 --precision bfloat16 --qat-epochs 2 --out {folder}"
+    "compress cifar10 --option depth=56 --branches 8 --whole '*' --bytes 9.9% --bits 2-8 "
+    "--epochs 8 --lr 0.02 --precision bfloat16 --qat-epochs 1 --out {folder}"
 )
 
 
@@ -80,7 +80,10 @@ def table() -> None:
 def _named(record: records.Record) -> str:
     if "command" not in record:
         return "small, integers; two commands, 8 epochs and 1 quantized"
-    return "small, integers; the command above" if record["command"] == COMMAND else f"small, integers; {record['command']}"
+    if record["command"] == COMMAND:
+        return "small, integers; the command above"
+    given = shlex.split(record["command"])
+    return "small, integers; " + ", ".join(f"{given[given.index(f'--{k}') + 1]} {k}" for k in ("branches", "epochs", "qat-epochs"))
 
 
 def _spent(record: records.Record) -> float:
