@@ -80,8 +80,8 @@ MODES: dict[str, Mode] = {
     "sketch": _ours(estimator="sketch"),
     "hessian": _our_probes(),
     "hessian_bfloat16": _our_probes(precision="bfloat16"),
-    **{f"population_{n}": Mode(ours.population(images=n), exact=True) for n in (1024, 2048, 3072, 4096)},
-    **{f"population_{n}_bfloat16": Mode(ours.population(images=n, precision="bfloat16"), exact=True) for n in (2048, 3072, 4096)},
+    **{f"population_{n}": Mode(ours.population(images=n), exact=True) for n in (1024, 2048, 3072, 3584, 4096)},
+    **{f"population_{n}_bfloat16": Mode(ours.population(images=n, precision="bfloat16"), exact=True) for n in (2048, 3072, 3584, 4096)},
     "population_reliable": Mode(ours.population(reliability=0.95), exact=True),
 }
 
