@@ -91,7 +91,7 @@ def measure(depth: int, cache: Path, rounds: int, modes: Sequence[str], main: Pa
 
 
 def code() -> str:
-    """A fingerprint of the engine: records of older code are kept, but neither gone on from nor shown."""
+    """A fingerprint of the engine: records of older code are kept, and marked where they are shown."""
     files = sorted(Path(engine.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 

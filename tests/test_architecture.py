@@ -25,7 +25,7 @@ TABLE = {
     "tracing": "objective structure plan",
     "surgery": "objective structure implants plan tracing",
     "scores": "objective structure plan curvature tracing",
-    "quantization": "objective files solver curvature tracing",
+    "quantization": "objective files solver bitplan curvature tracing",
     "export": "objective quantization",
     "report": "structure plan costs scores",
     "planner": "objective structure plan costs latency bitplan solver tracing surgery scores training quantization",

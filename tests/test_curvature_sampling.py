@@ -131,6 +131,13 @@ def test_pairs_that_are_all_taken_are_exact_and_fewer_are_drawn_at_a_lower_rate(
     assert max(counts[:4]) <= 32 * 0.125 + 1 and max(counts[4:]) <= 32 * 0.5 + 1 and sum(counts[:4]) < sum(counts[4:])
 
 
+def test_the_smallest_batch_still_draws_pairs() -> None:
+    model, batch = smooth(), images(4, count=3)
+    asked = {"w": curvature.elements("0.weight", model[0].weight)}
+    found = curvature.estimate(model, F.cross_entropy, [batch], asked, estimator="pairs", rate=1e-3)
+    assert (found.mean["w"] > 0).any()
+
+
 def test_what_is_omitted_is_at_most_the_share_allowed() -> None:
     model, batch = smooth(), images(4, count=8)
     asked = {"b": curvature.layer("2.bias")}  # the outputs have slope one in it, so its trace is the mass itself

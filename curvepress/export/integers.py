@@ -116,7 +116,7 @@ def _dequantize(levels: Any, scale: Any, axis: int, group: int) -> Any:
 
 
 TABLE = {ROUND: _round, DEQUANTIZE: _dequantize}
-"""What the operators of :mod:`.quantized.lowering` are in ONNX."""
+"""What the operators of :mod:`curvepress.quantization.quantized.lowering` are in ONNX."""
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -38,8 +38,8 @@ def check_in_openvino(
 ) -> OpenVinoAgreement:
     """How closely an ONNX file of integers computes in OpenVINO what the quantized module does.
 
-    OpenVINO moves rounding to other places than the file has it, so outputs may differ by more than quantization changes them where
-    predictions are the same.
+    OpenVINO fuses operators and may round at other places than the file does: on small networks outputs differed by more than
+    quantization changes them where nearly all predictions were the same.
 
     Raises:
         ValueError: if OpenVINO is not installed or cannot read the file; if fewer than ``least_same`` percent of the predictions are the

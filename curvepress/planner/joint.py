@@ -13,6 +13,7 @@ import numpy as np
 from ..bitplan import FLOAT, READ, Wiring
 from ..costs import Cost, cost
 from ..plan import Plan
+from ..quantization.allocation import SUM
 from ..quantization.bitwidths import BitPrices, Prices
 from ..scores import LOSS_UNIT, Scores
 from ..structure import Structure
@@ -22,8 +23,6 @@ from .ladders import branch_ladders, ladders
 from .sweep import POINTS, Moves, sweep
 from .tradeoffs import COSTS, Problem, State, options, problem
 
-SUM = 8
-"""Bits of activations that residual sums read: fewer save no arithmetic."""
 WIDTHS = Shape()
 """Any widths."""
 MIXES = 4
@@ -203,7 +202,7 @@ def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cos
     """The candidate of least predicted rise that fits the budget.
 
     Args:
-        measure: the cost of a plan, where the budget looks at more than :func:`~.costs.cost` knows.
+        measure: the cost of a plan, where the budget looks at more than :func:`~curvepress.costs.cost` knows.
 
     Raises:
         ValueError: if none fits; the message has the smallest costs that can be reached.

@@ -1,4 +1,4 @@
-"""The best choice of bits under budgets: exact, by integer programming, and the whole frontier of bytes against predicted rise."""
+"""The best choice of bits under budgets: exact, by integer programming."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import lil_matrix
 
+from ..bitplan import FLOAT, READ
 from ..solver import solved
 from .bitwidths import BitPrices, Price
 from .packing import packed_size
 from .quantized import Bits, Layout, Product
 
-FLOAT = 32
-"""Bits of what stays in float."""
 SUM = 8
 """Bits of activations that residual sums read: fewer save no arithmetic."""
-READ = ".read"
 TARGETS = {"storage": ((2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8)), "onnxruntime": ((8,), (4, 8))}
 """Bits of weights that a target makes use of: of any, and of those of linear layers."""
 LINEAR = ("linear", "addmm", "matmul", "mm")

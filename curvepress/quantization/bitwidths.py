@@ -85,11 +85,11 @@ def bit_prices(
         in_float: names of weights and sites that stay in float and get no price.
         asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
         rounding: of weights, whose errors are priced; see :func:`~.requantization.rounding_errors`.
-        estimator, temperature, stop, seed, progress: as :func:`~.curvature.estimate` takes them.
+        estimator, temperature, stop, seed, progress: as :func:`~curvepress.curvature.estimate` takes them.
 
     Raises:
         ValueError: if the price or a name is unknown, or as :func:`~.quantized.quantize`, :func:`~.quantized.observe` and
-            :func:`~.curvature.estimate` do.
+            :func:`~curvepress.curvature.estimate` do.
     """
     if price not in PRICES:
         raise ValueError(f"price {price!r} is unknown; choose one of {', '.join(PRICES)}")

@@ -39,7 +39,7 @@ def moments(
     """Gram matrices of what the layers of these weights read, and with a ``loss`` also its curvature along what they make.
 
     Both are float64 means over examples of sums over positions.  The curvature is that of Gauss-Newton, one random row of the output
-    curvature an example (see :mod:`.curvature`), carried back to the layers at the ``temperature``.  Whole batches are taken until
+    curvature an example (:mod:`curvepress.curvature`), carried back to the layers at the ``temperature``.  Whole batches are taken until
     ``examples`` were seen, or all were.
 
     Raises:
@@ -193,10 +193,10 @@ def implant_prices(
         wanted: the ranks of each weight; by default up to twelve that save parameters, for every weight that can have an implant.
         weighted: truncations are weighted by the curvature along outputs.
         temperature: of the output curvature, for both.
-        how: ``estimator``, ``stop``, ``seed``, ... as :func:`~.curvature.estimate` takes them.
+        how: ``estimator``, ``stop``, ``seed``, ... as :func:`~curvepress.curvature.estimate` takes them.
 
     Raises:
-        ValueError: if the price is unknown, a weight cannot have an implant, or as :func:`~.curvature.estimate` does.
+        ValueError: if the price is unknown, a weight cannot have an implant, or as :func:`~curvepress.curvature.estimate` does.
     """
     if price not in PRICES:
         raise ValueError(f"price {price!r} is unknown; choose one of {', '.join(PRICES)}")

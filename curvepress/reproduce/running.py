@@ -43,7 +43,7 @@ class Asked:
     """What is asked of a system.
 
     Attributes:
-        budget: limits of a plan, as :func:`~.settings.limits` gives them.
+        budget: limits of a plan, as :func:`~curvepress.runs.settings.limits` gives them.
         own: settings of the preset that were given, those that are ``None`` were not.
         recovery: settings of the fine-tune (for ``hawq-v2`` of training quantized) that were given, likewise.
         more: ratio, mean bits and order of sensitivity (``hawq-v2``); runtime and batch (``nvit``).
@@ -97,7 +97,7 @@ def _main(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any], commo
         return {**own, "start": chosen["start"]} if asked.system == "hap" else {"examples": 0, **common}
     if stage == "fit":
         return {**recovery(asked, desk.recipe), **common}
-    fixed = {"trace": {"threads": asked.threads}, "apply": {**common}, "report": {}}
+    fixed = {"trace": {"threads": asked.threads}, "apply": common, "report": {}}
     return dict(fixed[stage]) if stage in fixed else {"threads": asked.threads, "batches": list(BATCHES)}
 
 

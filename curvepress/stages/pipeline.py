@@ -49,7 +49,7 @@ Stage = Callable[[Desk, Settings], None]
 ORIGINAL = {"format": "curvepress original", "version": 1}
 METRICS = {"format": "curvepress metrics", "version": 1}
 SCORING = ("method", "samples", "reliability", "seconds", "estimator", "precision", "probes", "temperature", "seed")
-"""Settings of the score stage that :func:`~.scores.score` takes."""
+"""Settings of the score stage that :func:`~curvepress.scores.score` takes."""
 PROBED, TRIED = 4, 256
 """Calibration batches on which predicted and measured rise of the loss are compared; examples that models are repaired with for that."""
 

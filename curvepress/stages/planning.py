@@ -15,8 +15,9 @@ from ..files import write_text
 from ..plan import Plan, after, dropped, dumps
 from ..planner.alignment import Shape
 from ..planner.depth import Removal, shorten
-from ..planner.joint import SUM, Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
+from ..planner.joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
 from ..planner.wiring import bits_of_plan, wiring
+from ..quantization.allocation import SUM
 from ..quantization.bitwidths import bit_prices, layout_of, prices_from_dict, prices_to_dict
 from ..quantization.quantized import Bits, calibrate, quantize
 from ..report import picture
@@ -103,7 +104,7 @@ def joint_family(run: Run, structure: Structure, scores: Scores, settings: Setti
     """All candidates for the budgets in the settings.
 
     Raises:
-        ValueError: if the prices of bits are missing or damaged, or as :func:`~.joint.joint_problem` does.
+        ValueError: if the prices of bits are missing or damaged, or as :func:`~curvepress.planner.joint.joint_problem` does.
     """
     data = read_json(run.folder / "bit_prices.json", WEIGHED)
     w = data["wiring"]
