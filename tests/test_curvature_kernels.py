@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvepress import curvature
-from curvepress.curvature.factors import Convolved
-from curvepress.curvature.graph import Use
+from curvepress.curvature.factors import Convolved, convolved
+from curvepress.curvature.graph import Use, nodes, uses
 from curvepress.curvature.measures import by_rows
 from curvepress.curvature.twice import Convolution, Inputs, Normalised, Weights
 
@@ -93,7 +93,7 @@ def test_windows_give_the_gradients_of_single_examples(
     g = torch.randint(-1, 2, F.conv2d(x, weight, None, stride, padding, dilation).shape, generator=generator).float()
     use = Use("w", node, 1, None, "itself")
     whole, half = (
-        Convolved(5, tuple(weight.shape), g.to(t).contiguous(memory_format=memory), x.to(t).contiguous(memory_format=memory), use)
+        Convolved(5, tuple(weight.shape), g.to(t).contiguous(memory_format=memory)[:, None], x.to(t).contiguous(memory_format=memory), use)
         for t in (torch.float32, torch.bfloat16)
     )
     assert half.narrow == (g[0, 0].numel() <= 24) and not whole.narrow
@@ -101,6 +101,23 @@ def test_windows_give_the_gradients_of_single_examples(
     assert torch.equal(half.block(1, 4).float(), whole.block(1, 4)) and whole.block(0, 5).abs().sum() > 0
     assert torch.equal(half.squares(), whole.squares())
     torch.testing.assert_close(half.row_squares(), whole.squares().sum((1, 2, 3), keepdim=True), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels", [2, 40])
+def test_several_vectors_at_once_are_each_alone(channels: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Conv2d(channels, 20, 3, stride=2, padding=1, bias=False).double()
+    x = torch.randn(4, channels, 5, 6, generator=generator, dtype=torch.float64)
+    y = layer(x)
+    (use,) = uses(nodes([y]), {id(layer.weight): "weight"})
+    several = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    each, whole = [convolved(use, [g]) for g in several], convolved(use, several)
+    assert whole.few == (channels == 40)  # by the products of positions, where they are few for the channels
+    truth = sum(torch.autograd.grad(y[n], [layer.weight], g[n], retain_graph=True)[0].square() for g in several for n in range(4))
+    for found in (whole.squares(), sum(e.squares() for e in each)):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=0)
+    for found in (whole.row_squares(), sum(e.row_squares() for e in each)):
+        torch.testing.assert_close(found, truth.sum((1, 2, 3), keepdim=True), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("estimator", curvature.ESTIMATORS)

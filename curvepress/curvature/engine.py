@@ -23,8 +23,11 @@ from .workers import Sample, Workers, workers
 
 MICRO = 32
 """Examples run at a time in full precision: enough for arithmetic to outweigh its administration, few enough for caches."""
-RATE = 0.08
-"""Pairs drawn for each example, at most."""
+RATE = 0.04
+"""Pairs drawn for each example, though :data:`~.setup.FEWEST` a batch at least.  More of them help less than more examples do."""
+CUSHION = (32 << 20) - 4096
+"""Bytes of the largest block after whose release the C library keeps what is freed for what comes next (mallopt(3), M_MMAP_THRESHOLD);
+until it has seen one it hands activations back to the system and takes new pages for each, a fifth of the time."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ def estimate(
     how = How(named(estimator), temperature, probes, rate, omit, micro or (MICRO if precision == "full" else 2 * MICRO), seed)
     view = view_of(model, measures, displacement or {}, precision)
     team = workers()
+    torch.empty(CUSHION, dtype=torch.uint8)  # for the effect of its release
     guard = nullcontext() if sharded(model) else team.together()  # passes of a sharded model are exchanges themselves
     with evaluating(model), torch.enable_grad(), guard:
         first, batches = first_of(batches)

@@ -6,6 +6,7 @@ with those of each example run alone.  ``squares`` then sums ``(J'u)^2`` over ex
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Factor, factor, squared_rows, summed_squares
+from .factors import Factor, convolved, factor, plain, squared_rows, summed_squares
 from .graph import Use, curved
 from .measures import Activation, gathered
 from .recording import Gradients, Pass, Vectors, View, only, recorded
 from .sharding import agreed, in_use, sharded, spans
-from .trees import concatenated, examples, leaves, rows
+from .trees import concatenated, examples, leaves, mapped, rows
 
 Column = Callable[[int, int, Sequence[Tensor]], Vectors]
 """``(start, stop, outputs) -> u`` for the examples of that range, one output vector each, where the model returns ``outputs`` for them."""
@@ -30,12 +31,13 @@ AGREEMENT = 1e-3
 @dataclass(frozen=True)
 class Reading:
     """How gradients of single examples are read: for each parameter the dimension that counts examples, or None if they
-    must be run one at a time; why Gauss-Newton blocks may differ from those of the Hessian; and the tables ``made`` in which
-    all examples look up the same."""
+    must be run one at a time; why Gauss-Newton blocks may differ from those of the Hessian; the tables ``made`` in which
+    all examples look up the same; and the weights of convolutions that are read for several output vectors ``at_once``."""
 
     axes: Mapping[str, int | None]
     curved: tuple[str, ...]
     made: frozenset[str] = frozenset()
+    at_once: frozenset[str] = frozenset()
 
     @property
     def alone(self) -> list[str]:
@@ -126,7 +128,7 @@ def examine(view: View, inputs: Any, outputs: Iterable[int] | None) -> Reading:
         unread = [n for n in names if axes[n] is None]
         shared = _axes(view, recorded(view, inputs, names, unread), u, truth.sums, unread) if unread else {}
     made = frozenset(n for n in unread if shared[n] is not None)
-    reading = Reading(axes | shared, tuple(curved(trial.order, trial.uses)), made)
+    reading = Reading(axes | shared, tuple(curved(trial.order, trial.uses)), made, _at_once(view, trial, axes))
     if reading.alone and sharded(view.model):
         raise ValueError(
             f"the gradients of {reading.alone[0]!r} can only be read one example at a time, for which a sharded model takes too many "
@@ -174,37 +176,63 @@ def _agree(found: Tensor | None, truth: Tensor, dtype: torch.dtype) -> bool:
     return found is not None and found.shape == truth.shape and bool((found - truth).norm() <= bound * truth.norm())
 
 
+def _at_once(view: View, trial: Pass, axes: Mapping[str, int | None]) -> frozenset[str]:
+    """The weights of convolutions of which all that is asked is sums over examples and vectors, and which are used once."""
+    watched = {p.tensor for m in view.directions.values() for p in m.parts}
+    used = Counter(use.tensor for use in trial.uses)
+    fit = [use for use in trial.uses if use.form == "itself" and used[use.tensor] == 1 and axes[use.tensor] == 0]
+    return frozenset(use.tensor for use in fit if use.operation == "Convolution" and use.position == 1 and plain(use)) - watched
+
+
 def squares(view: View, reading: Reading, inputs: Any, columns: Sequence[Column], micro: int) -> Sums:
     """Sums over the examples of ``inputs``, and over ``columns`` of one output vector ``u`` an example, of ``(J'u)^2``.
 
     Args:
-        micro: examples run at a time.
+        micro: examples run at a time for one column.
     """
     sums, count = Sums(), examples(inputs)
     fast = {n: a for n, a in reading.axes.items() if a is not None}
     counted = len(columns)
     columns = [*columns, *[columns[-1]] * (agreed(view.model, counted) - counted)]
-    for start, stop, counts in spans(view.model, count, micro):
-        part = rows(inputs, torch.arange(start, stop))
+    most = min(len(columns), micro) if reading.at_once else 1
+    for start, stop, counts in spans(view.model, count, _size(micro, most)):
+        part = mapped(lambda t: t.contiguous(), rows(inputs, torch.arange(start, stop)))
         tallies = [Tally(view, stop - start) for _ in columns]
         with only(view.model, reading.alone):
             _alone(view, part, columns, reading.alone, tallies, start)
         with only(view.model, list(fast)):
             record = recorded(view, part, list(fast), reading.made)
-            for column, tally in zip(columns, tallies, strict=True):
-                _together(record, column(start, stop, record.outputs), fast, tally)
+            for first in range(0, len(columns), most):
+                vectors = [c(start, stop, record.outputs) for c in columns[first : first + most]]
+                _together(record, vectors, replace(reading, axes=fast), tallies[first : first + most])
         for tally in tallies[:counted] if counts else ():
             sums.add(tally.close())
     return sums
 
 
-def _together(record: Pass, vectors: Vectors, axes: Mapping[str, int], tally: Tally) -> None:
-    gradients = record.gradients(vectors)
-    for name, (_, edge) in record.activations.items():
-        if (g := gradients[edge.node, edge.output_nr]) is not None:
-            tally.sums.add(Sums({}, {name: _activation(tally.view.activations[name], g)}))
-    for name, axis in axes.items():
-        tally.read(name, _factors(record, gradients, name, axis, tally.count))
+def _size(micro: int, columns: int) -> int:
+    """How many examples to run at a time for so many columns, in the memory of ``micro`` for one.
+
+    A pass keeps about three activations of each layer, and one gradient for each column.
+    """
+    return max(1, 4 * micro // (3 + columns))
+
+
+def _together(record: Pass, vectors: Sequence[Vectors], reading: Reading, tallies: Sequence[Tally]) -> None:
+    """Takes in the gradients for several vectors an example, each into a tally of its own but for what is read at once."""
+    several = [record.gradients(u) for u in vectors]
+    at_once = reading.at_once if len(several) > 1 else frozenset()
+    for use in record.uses:
+        own = [g for gradients in several if (g := gradients[use.node, 0]) is not None]
+        if use.tensor in at_once and own:
+            tallies[0].read(use.tensor, [(use, convolved(use, own))])
+    for gradients, tally in zip(several, tallies, strict=True):
+        for name, (_, edge) in record.activations.items():
+            if (g := gradients[edge.node, edge.output_nr]) is not None:
+                tally.sums.add(Sums({}, {name: _activation(tally.view.activations[name], g)}))
+        for name, axis in reading.axes.items():
+            if name not in at_once:
+                tally.read(name, _factors(record, gradients, name, axis or 0, tally.count))
 
 
 class Unread(ValueError):

@@ -34,9 +34,9 @@ class Factor:
         """The gradients of examples ``start`` to ``stop``: ``[stop - start, *shape]``."""
         raise NotImplementedError
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of examples that together cover all, each small enough to be held."""
-        step = max(1, CHUNK // max(1, torch.Size(self.shape).numel()))
+    def blocks(self, held: int = 0) -> Iterator[tuple[int, int]]:
+        """Ranges of examples that together cover all, each small enough for ``held`` elements an example (by default a gradient's)."""
+        step = max(1, CHUNK // max(1, held or torch.Size(self.shape).numel()))
         return ((a, min(a + step, self.examples)) for a in range(0, self.examples, step))
 
     def squares(self) -> Tensor:
@@ -93,36 +93,76 @@ class Outer(Factor):
 
 @dataclass(frozen=True, eq=False)
 class Convolved(Factor):
-    """The weight of a convolution: one grouped convolution makes the gradients of many examples, a group an example."""
+    """The weight of a convolution, for several output vectors an example: ``gradient`` is ``[examples, vectors, *of the result]``.
+
+    One grouped convolution makes the gradients of many examples, a group an example with all of its vectors.
+    """
 
     gradient: Tensor
     inputs: Tensor
     use: Use
 
-    def block(self, start: int, stop: int) -> Tensor:
+    def blocks(self, held: int = 0) -> Iterator[tuple[int, int]]:
         """See :class:`Factor`."""
-        g, x, node = self.gradient[start:stop], self.inputs[start:stop], self.use.node
-        geometry = [list(saved(node, k)) for k in ("stride", "padding", "dilation")]
+        return super().blocks(held or self.gradient.shape[1] * torch.Size(self.shape).numel())
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """The gradients of examples ``start`` to ``stop``, those of an example's vectors side by side: ``[*, *shape]``."""
         if self.narrow:
-            windows = _windows(x, self.shape[2:], g.shape[2:], geometry)
-            found = torch.bmm(g.flatten(2), windows).view(len(g), self.shape[0], *self.shape[2:], self.shape[1])
-            return found.movedim(-1, 2)
-        n = stop - start
-        like = x.new_empty(n * self.shape[0], *self.shape[1:])
-        more = (saved(node, "transposed"), list(saved(node, "output_padding")), n * saved(node, "groups"), [False, True, False])
-        g, x = (t.flatten(0, 1)[None] for t in (g, x))
-        return torch.ops.aten.convolution_backward(g, x, like, None, *geometry, *more)[1].view(n, *self.shape)
+            found = torch.bmm(self._slopes(start, stop), self._seen(start, stop))
+            return found.view(-1, self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 2)
+        g, x, node = self.gradient[start:stop], self.inputs[start:stop], self.use.node
+        like = x.new_empty(g.shape[:2].numel() * self.shape[0], *self.shape[1:])
+        more = (saved(node, "transposed"), list(saved(node, "output_padding")), len(g) * saved(node, "groups"), [False, True, False])
+        g, x = g.flatten(0, 2)[None], x.flatten(0, 1)[None]
+        return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, *more)[1].view(-1, *self.shape)
+
+    def row_squares(self) -> Tensor:
+        """With few positions a row's square goes by the products of what these see, and the gradients need not be made."""
+        if not self.few:
+            return super().row_squares()
+        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.gradient.device)
+        for a, b in self.blocks(self._positions * self._width):
+            slopes, seen = self._slopes(a, b), self._seen(a, b)
+            squares = (torch.bmm(slopes, torch.bmm(seen, seen.transpose(1, 2))) * slopes).sum(2)
+            total += squares.clamp_min(0).double().view(-1, self.shape[0]).sum(0)
+        return total.reshape(-1, *[1] * (len(self.shape) - 1))
+
+    @cached_property
+    def few(self) -> bool:
+        """Whether there are so few positions that their products with each other cost less than the gradients."""
+        rows = self.gradient.shape[1] * self.shape[0]
+        fine = plain(self.use) and self.gradient.dtype in (torch.float32, torch.float64)
+        return fine and 2 * self._positions * (rows + self._width) < rows * self._width
 
     @cached_property
     def narrow(self) -> bool:
         """Whether products of matrices are faster: in bfloat16 on a processor, where positions are few for the channels there are."""
-        kind = self.gradient.dtype == torch.bfloat16 and self.gradient.device.type == "cpu" and self.gradient.ndim == 4
-        plain = kind and saved(self.use.node, "groups") == 1 and not saved(self.use.node, "transposed")
-        return plain and self.gradient[0, 0].numel() <= WINDOWS * self.shape[1]
+        kind = self.gradient.dtype == torch.bfloat16 and self.gradient.device.type == "cpu"
+        return kind and plain(self.use) and self._positions <= WINDOWS * self.shape[1]
+
+    @property
+    def _positions(self) -> int:
+        return self.gradient.shape[3:].numel()
+
+    @property
+    def _width(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    @property
+    def _geometry(self) -> list[list[int]]:
+        return [list(saved(self.use.node, k)) for k in ("stride", "padding", "dilation")]
+
+    def _slopes(self, start: int, stop: int) -> Tensor:
+        """``[examples, vectors * rows, positions]``."""
+        return self.gradient[start:stop].flatten(1, 2).flatten(2)
+
+    def _seen(self, start: int, stop: int) -> Tensor:
+        """What each position of the result sees: ``[examples, positions, kernel height * kernel width * channels]``."""
+        return _windows(self.inputs[start:stop], self.shape[2:], self.gradient.shape[3:], self._geometry)
 
 
 def _windows(x: Tensor, kernel: Sequence[int], result: Sequence[int], geometry: Sequence[Sequence[int]]) -> Tensor:
-    """What each position of a convolution's result sees: ``[examples, positions, kernel height * kernel width * channels]``."""
     (down, across), (top, left), (below, beside) = geometry
     padded = F.pad(x.movedim(1, -1), (0, 0, left, left, top, top))
     n, (high, wide), step = len(x), result, padded.stride()
@@ -227,8 +267,18 @@ def convolution(use: Use, gradient: Tensor, examples: int, axis: int) -> Factor 
         return None
     if use.position == 2:
         return Given(examples, use.shape, gradient.flatten(2).sum(2))
-    inputs = saved(use.node, "input")
-    return Convolved(examples, use.shape, gradient, inputs, use) if use.position == 1 and inputs is not None else None
+    return convolved(use, [gradient]) if use.position == 1 and saved(use.node, "input") is not None else None
+
+
+def convolved(use: Use, gradients: Sequence[Tensor]) -> Convolved:
+    """The gradients of a convolution's weight for several output vectors an example, if it is :func:`plain`; for one in any case."""
+    alone, inputs = len(gradients) == 1, saved(use.node, "input")
+    return Convolved(len(inputs), use.shape, gradients[0][:, None] if alone else torch.stack(list(gradients), 1), inputs, use)
+
+
+def plain(use: Use) -> bool:
+    """Whether a convolution is of two dimensions, of one group and not transposed."""
+    return len(saved(use.node, "stride")) == 2 and saved(use.node, "groups") == 1 and not saved(use.node, "transposed")
 
 
 @rule("Embedding")
