@@ -64,6 +64,8 @@ def _ranked(records: Sequence[Record]) -> Iterator[Line]:
         if rounds and needed:
             times = [median(needed) * probe(hap) / probe(own) for hap, own in rounds]
             least = min(own["same"] for _, own in rounds)
+            if least < float(LEVEL):
+                continue
             what = f"CPU time to ρ {LEVEL} on the same images, HAP against `{mode}`"
             yield what, "≥ 1,000×", f"{spread(times, ',.0f', '×')}, at ρ ≥ {least:.3f}{age}"
 

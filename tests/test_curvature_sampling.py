@@ -126,9 +126,9 @@ def test_pairs_that_are_all_taken_are_exact_and_fewer_are_drawn_at_a_lower_rate(
     counts: list[int] = []
     original = gauss_newton.summed
     monkeypatch.setattr(gauss_newton, "summed", lambda *a: counts.append(len(a[3][0])) or original(*a))
-    for rate in (0.125, 0.5):
+    for rate in (0.35, 0.7):
         curvature.estimate(model, F.cross_entropy, [batch] * 4, asked, estimator="pairs", rate=rate)
-    assert max(counts[:4]) <= 32 * 0.125 + 1 and max(counts[4:]) <= 32 * 0.5 + 1 and sum(counts[:4]) < sum(counts[4:])
+    assert max(counts[:4]) <= 32 * 0.35 + 1 and max(counts[4:]) <= 32 * 0.7 + 1 and sum(counts[:4]) < sum(counts[4:])
 
 
 def test_the_smallest_batch_still_draws_pairs() -> None:

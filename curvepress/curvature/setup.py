@@ -27,8 +27,8 @@ from .workers import Sample
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of the passes.  ``full`` is the model's own.  Sums are always in double precision."""
-FEWEST = 4.0
-"""Pairs drawn from a batch, however small it is: with less than one, most samples would be empty."""
+FEWEST = 10.0
+"""Pairs drawn from a batch, however small it is: with fewer the ranking by a single batch is mostly chance."""
 
 
 @dataclass(frozen=True)
