@@ -16,6 +16,7 @@ from curvepress.export.program import to_program
 from curvepress.quantization.quantized import Bits, calibrate, floating, packed, quantize
 from curvepress.quantization.quantized.lowering import ROUND
 from curvepress.quantization.quantized.modules import WeightQuantizer, quantizers
+from curvepress.quantization.requantization import requantize
 from tests import zoo
 
 EXPORTED = r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*:FutureWarning"
@@ -76,6 +77,28 @@ def test_zero_points_halve_the_error_of_lopsided_weights():
         module = calibrate(quantize(model, Bits(weight=3, product=None, sum=None, asymmetric=asymmetric), x), [(x, None)]).eval()
         apart.append((module(x) - model(x)).square().mean().item())
     assert apart[1] < apart[0] / 2
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
+def test_weights_of_one_scale_run_on_integers_and_are_packed(tmp_path, rounding: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    x = torch.randn(4, 3, 8, 8)
+    module = calibrate(quantize(model, Bits(weight=4, per_tensor=True), x), [(x, None)]).eval()
+    if rounding != "nearest":
+        requantize(module, [(x, None)], method=rounding)
+        calibrate(module, [(x, None)])
+    grids = [q.grid for q in quantizers(module) if isinstance(q, WeightQuantizer)]
+    assert [tuple(g.scale.shape) for g in grids] == [(), ()]
+    found = to_integer_onnx(module, [(x, None)], tmp_path / "a.onnx")
+    assert found.error < 1e-5 and str(found.kernels) == "1 of 1 convolutions integer, 1 of 1 linear layers integer"
+    file = onnx.load(tmp_path / "a.onnx").graph
+    scales = {t.name: tuple(t.dims) for t in file.initializer if t.name.endswith("weight_scale")}
+    assert len(scales) == 2 and set(scales.values()) == {()}
+    packed.save(module, tmp_path / "a.safetensors")
+    assert torch.equal(packed.load(model, x, tmp_path / "a.safetensors")(x), module(x))
+    with pytest.raises(ValueError, match="leave out per_tensor or group"):
+        Bits(per_tensor=True, group=32)
 
 
 class OneSided(nn.Module):

@@ -328,9 +328,9 @@ def quantize(
     price: options.PriceOf = "direction", price_examples: options.PriceExamples = 512,
     temperature: options.PriceTemperature = 1.0, rounding: options.Rounding = "nearest",
     ranges: options.Ranges = "mse", calibration: options.Calibration = 512, group: options.GroupSize = None,
-    dynamic: options.Dynamic = False, asymmetric: options.Asymmetric = False, epochs: options.TrainingEpochs = None,
-    lr: options.TrainingLr = None, distill: options.Teaching = None, exports: options.Exports = None, option: Options = None,
-    data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
+    dynamic: options.Dynamic = False, asymmetric: options.Asymmetric = False, per_tensor: options.PerTensor = False,
+    epochs: options.TrainingEpochs = None, lr: options.TrainingLr = None, distill: options.Teaching = None,
+    exports: options.Exports = None, option: Options = None, data: Data = None, seed: Seed = 0, threads: Threads = 1, again: Again = False,
 ) -> None:  # fmt: skip
     """Put weights and activations on few bits, chosen by curvature; calibrate, train, pack, export and compare in ONNX Runtime."""
     check_exports(exports or [])
@@ -340,8 +340,8 @@ def quantize(
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
         "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
-                  "asymmetric": asymmetric, "float_sums": bits_file is None, **common},
-        "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric},
+                  "asymmetric": asymmetric, "per_tensor": per_tensor, "float_sums": bits_file is None, **common},
+        "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric, "per_tensor": per_tensor},
         "quantize": {**quantized_tuning(task, {"epochs": epochs, "lr": lr, "distill": distill}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
         "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},

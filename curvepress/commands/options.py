@@ -73,6 +73,7 @@ Exports = Annotated[
     _in(HOW, f"what is exported to, and compared there; repeated: {', '.join(EXPORTS)}; else onnx, which always is", "--export"),
 ]
 Asymmetric = Annotated[bool, _in(HOW, "zero points for weights of fewer than 8 bits: better at 2 and 3 bits", "--asymmetric")]
+PerTensor = Annotated[bool, _in(HOW, "one scale for each weight, not one for each output channel", "--per-tensor")]
 TrainingEpochs = Annotated[int | None, _in(TRAINING, "epochs, else 0", "--epochs", min=0)]
 TrainingLr = Annotated[float | None, _in(TRAINING, "learning rate, else 0.002", "--lr")]
 Teaching = Annotated[float | None, _in(TRAINING, "weight of learning from the float model, else 0.9", "--distill", min=0, max=1)]

@@ -68,6 +68,7 @@ def bit_prices(
     price: str = "direction",
     in_float: Collection[str] = (),
     asymmetric: bool = False,
+    per_tensor: bool = False,
     rounding: str = "nearest",
     estimator: str = "auto",
     probes: int = 1,
@@ -83,7 +84,7 @@ def bit_prices(
         probes: random vectors a batch, for estimators that need some.
         price: of weights: ``direction`` or ``trace`` (HAWQ-V2), see the module.  Activations are priced by their trace.
         in_float: names of weights and sites that stay in float and get no price.
-        asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`.
+        asymmetric: whether weights get zero points, as in :class:`~.quantized.Bits`; ``per_tensor`` too.
         rounding: of weights, whose errors are priced; see :func:`~.requantization.rounding_errors`.
         estimator, temperature, stop, seed, progress: as :func:`~curvepress.curvature.estimate` takes them.
 
@@ -96,7 +97,7 @@ def bit_prices(
     probe = _probe(model, example, in_float)
     seen = observe(probe, batches, examples=EXAMPLES)
     switch(probe, False)
-    grids = _grids(probe, widths, asymmetric)
+    grids = _grids(probe, widths, asymmetric=asymmetric, per_tensor=per_tensor)
     changes = rounding_errors(probe, batches, {n: list(g.values()) for n, g in grids.items()}, method=rounding)
     errors = {name: dict(zip(grids[name], found, strict=True)) for name, found in changes.items()}
     modules = _watched(probe)
@@ -149,7 +150,7 @@ def left_in_float(bits: Bits, what: Layout, names: Collection[str]) -> Bits:
     return Bits(
         {**bits.weights, **dict.fromkeys(sorted(weights & set(names)))},
         {**bits.sites, **dict.fromkeys(sorted(sites & set(names)))},
-        bits.weight, bits.product, bits.sum, bits.group, bits.dynamic, bits.asymmetric,
+        bits.weight, bits.product, bits.sum, bits.group, bits.dynamic, bits.asymmetric, bits.per_tensor,
     )  # fmt: skip
 
 
@@ -170,13 +171,13 @@ def _watched(probe: fx.GraphModule) -> dict[str, list[str]]:
     return found
 
 
-def _grids(probe: fx.GraphModule, widths: Sequence[int], asymmetric: bool) -> dict[str, dict[int, Grid]]:
+def _grids(probe: fx.GraphModule, widths: Sequence[int], *, asymmetric: bool, per_tensor: bool) -> dict[str, dict[int, Grid]]:
     """The grid that every weight would have at each number of bits."""
     found: dict[str, dict[int, Grid]] = {}
     own, bits = dict(probe.named_parameters()), probe.meta["bits"]
     for weight in layout(probe).weights:
         if bits.of_weight(weight.name) is not None:
-            schemes = {b: weight_scheme(b, weight.axis, asymmetric=asymmetric) for b in widths}
+            schemes = {b: weight_scheme(b, None if per_tensor else weight.axis, asymmetric=asymmetric) for b in widths}
             found[weight.name] = {b: fit_grid(own[weight.name].detach(), scheme, name=weight.name) for b, scheme in schemes.items()}
     return found
 

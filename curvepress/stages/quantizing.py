@@ -87,7 +87,7 @@ def float_model(desk: Desk) -> nn.Module:
 
 def _price(desk: Desk, settings: Settings) -> None:
     recipe = desk.recipe
-    given: dict[str, Any] = {k: settings[k] for k in ("price", "asymmetric", "temperature", "seed")}
+    given: dict[str, Any] = {k: settings[k] for k in ("price", "asymmetric", "per_tensor", "temperature", "seed")}
     batches, model = recipe.batches("calibration", seed=settings["seed"]), float_model(desk)
     stop = Stop(examples=settings["examples"])
     given["in_float"] = _in_float(layout_of(model, recipe.inputs()), settings["in_float"], settings["float_sums"])
@@ -109,7 +109,7 @@ def _forecast(desk: Desk, progress: curvature.Progress) -> None:
 
 def _choose(desk: Desk, settings: Settings) -> None:
     found = chosen(load_prices(desk), settings)
-    bits = replace(found.bits, **{k: settings[k] for k in ("group", "dynamic", "asymmetric")})
+    bits = replace(found.bits, **{k: settings[k] for k in ("group", "dynamic", "asymmetric", "per_tensor")})
     write_text(desk.path("bits.json"), dumps(json.loads(bits.to_json())))
 
 

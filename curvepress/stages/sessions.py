@@ -141,7 +141,7 @@ def quantized_as_planned(
     in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
     price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
-             "asymmetric": False, "float_sums": False, **common}  # fmt: skip
+             "asymmetric": False, "per_tensor": False, "float_sums": False, **common}  # fmt: skip
     free, asked = dict.fromkeys(("bits", "average", "bytes", "bops", "rise")), settings["plan"]
     spread = {"left": {"bytes": 0, **left_over(Desk(run, task), asked, ("bytes", "bops"))}, "weights": asked["bits"],
               "activations": asked["activation_bits"]}  # fmt: skip
@@ -150,7 +150,7 @@ def quantized_as_planned(
         "price": price,
         "choose": {
             **free, "given": given_bits(Desk(run, task).plan()), "spread": spread, "activations": [8], "target": "storage", "group": None,
-            "dynamic": False, "asymmetric": False,
+            "dynamic": False, "asymmetric": False, "per_tensor": False,
         },
         "quantize": {**training, "rounding": "adaptive", "ranges": "mse", "calibration": 512},
         "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},

@@ -91,7 +91,9 @@ def _quantize_weights(graph: fx.GraphModule, bits: Bits, placement: Placement) -
             continue
         readers = [operator_name(o.node) for o in placement.operands.values() if o.weight is nodes[weight.name]]
         group = bits.group if set(readers) <= LINEAR and len(weight.shape) == 2 else None
-        quantizer = WeightQuantizer(weight.name, weight_scheme(width, weight.axis, group=group, asymmetric=bits.asymmetric))
+        quantizer = WeightQuantizer(
+            weight.name, weight_scheme(width, None if bits.per_tensor else weight.axis, group=group, asymmetric=bits.asymmetric)
+        )
         _call_after(nodes[weight.name], _add(graph, "weight", weight.name, quantizer))
         yield quantizer
 

@@ -79,7 +79,8 @@ class Bits:
 
     What is not named has ``weight``, ``product`` or ``sum`` bits, by what it is (see :class:`Site`).  ``group`` gives each run of so
     many inputs of an output channel a scale of its own (linear layers only); ``dynamic`` takes the scales of the activations of
-    linear layers from each token when it comes.  ``asymmetric`` gives weights zero points, see :func:`weight_scheme`.
+    linear layers from each token when it comes.  ``asymmetric`` gives weights zero points, see :func:`weight_scheme`;
+    ``per_tensor`` one scale to each weight, for targets that know no scales of output channels.
     """
 
     weights: Mapping[str, int | None] = field(default_factory=dict)
@@ -90,6 +91,7 @@ class Bits:
     group: int | None = None
     dynamic: bool = False
     asymmetric: bool = False
+    per_tensor: bool = False
 
     def __post_init__(self) -> None:
         given = {**self.weights, **self.sites, "weight": self.weight, "product": self.product, "sum": self.sum}
@@ -98,6 +100,8 @@ class Bits:
                 raise ValueError(f"{name} cannot have {bits!r} bits: give a whole number from 2 to 8, or None to leave it in float")
         if self.group is not None and (type(self.group) is not int or self.group < 1):
             raise ValueError(f"group must be a positive whole number of inputs, got {self.group!r}")
+        if self.group is not None and self.per_tensor:
+            raise ValueError(f"a weight has one scale or one for each {self.group} inputs: leave out per_tensor or group")
 
     def of_weight(self, name: str) -> int | None:
         """Bits of a weight."""
@@ -112,8 +116,8 @@ class Bits:
         return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"))
 
 
-def weight_scheme(bits: int, axis: int, *, group: int | None = None, asymmetric: bool = False) -> Scheme:
-    """The grid of a weight.
+def weight_scheme(bits: int, axis: int | None, *, group: int | None = None, asymmetric: bool = False) -> Scheme:
+    """The grid of a weight, with one scale for each index of ``axis``, or for the whole if that is None.
 
     Zero points are for fewer than 8 bits without groups: there a level less its zero point still fits into int8, which is what
     runtimes multiply by, with the same values and at the same speed.

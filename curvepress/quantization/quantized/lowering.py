@@ -26,11 +26,11 @@ def round_to_grid(x: Tensor, scale: float, zero_point: int, low: int, high: int)
 
 
 def dequantize(levels: Tensor, scale: Tensor, axis: int, group: int) -> Tensor:
-    """Levels times their scales: one per index of ``axis`` and, where ``group`` is not 0, per run of so many elements; pure ATen."""
+    """Levels times their scales: one in all, or one per index of ``axis`` and, with a ``group``, per run of so many; pure ATen."""
     if group:
         scale = scale.repeat_interleave(group, 1)[:, : levels.shape[1 - axis]]
         return levels.to(scale.dtype) * (scale if axis == 0 else scale.t())
-    return levels.to(scale.dtype) * scale.reshape([-1 if d == axis else 1 for d in range(levels.dim())])
+    return levels.to(scale.dtype) * scale.reshape([] if scale.dim() == 0 else [-1 if d == axis else 1 for d in range(levels.dim())])
 
 
 for _name, _function in (("round_to_grid", round_to_grid), ("dequantize", dequantize)):
@@ -80,7 +80,7 @@ def _lower_weight(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantiz
     scale = _store(graph, node, f"{name}_scale", grid.scale)
     for user in list(node.users):
         if operator_name(user) == "embedding":
-            _lower_embedding(graph, user, levels, scale)
+            _lower_embedding(graph, user, levels, scale, by_row=grid.scheme.axis is not None)
     if not node.users:
         return graph.graph.erase_node(node)
     new = _replace(graph, node, DEQUANTIZE, (levels, scale, axis, group))
@@ -100,12 +100,14 @@ def _multiply(graph: fx.Graph, node: fx.Node, weight: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _lower_embedding(graph: fx.GraphModule, node: fx.Node, levels: fx.Node, scale: fx.Node) -> None:
+def _lower_embedding(graph: fx.GraphModule, node: fx.Node, levels: fx.Node, scale: fx.Node, *, by_row: bool) -> None:
     """Look up levels and scales of rows, so that the table stays as it is."""
     with graph.graph.inserting_before(node):
         rows = graph.graph.call_function(aten.embedding.default, (levels, node.args[1]))
-        column = graph.graph.call_function(aten.unsqueeze.default, (scale, 1))
-        scales = graph.graph.call_function(aten.embedding.default, (column, node.args[1]))
+        scales = scale
+        if by_row:
+            column = graph.graph.call_function(aten.unsqueeze.default, (scale, 1))
+            scales = graph.graph.call_function(aten.embedding.default, (column, node.args[1]))
         product = graph.graph.call_function(aten.mul.Tensor, (graph.graph.call_function(aten.to.dtype, (rows, torch.float32)), scales))
     node.replace_all_uses_with(product)
     graph.graph.erase_node(node)
