@@ -28,8 +28,8 @@ from curvepress_recipes import cifar10 as recipe
 FILE = Path(__file__).parent / "results" / "headline.jsonl"
 FOLDER = Path("runs/benchmarks/headline")
 COMMAND = (
-    "compress cifar10 --option depth=56 --branches 8 --whole '*' --bytes 9.9% --bits 2-8 "
-    "--epochs 8 --lr 0.02 --precision bfloat16 --qat-epochs 1 --out {folder}"
+    "compress cifar10 --option depth=56 --branches 7 --whole '*' --bytes 9.9% --bits 2-8 "
+    "--epochs 10 --lr 0.02 --precision bfloat16 --qat-epochs 1 --out {folder}"
 )
 
 
