@@ -142,6 +142,32 @@ class Library(Block):
         return self.attention(x, x, x, need_weights=self.weights)[0]
 
 
+class LibraryToken(Library):
+    """torch's own attention, which makes one dimension of batch and heads, behind a class token repeated for every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 7, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), self.embed(x)), 1) + self.place
+        x = x + self.out(self.attend(self.norm(x)))
+        return self.head(x[:, 0] + self.down(F.gelu(self.up(self.norm2(x[:, 0])))))
+
+
+class LibraryProbe(Library):
+    """torch's own attention of one learnt query over the sequence, repeated for every example and met by nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        x = self.out(self.attention(self.probe.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0].mean(1))
+        return self.head(x + self.down(F.gelu(self.up(self.norm2(x)))))
+
+
 class LibraryLayer(Block):
     def __init__(self, first: bool) -> None:
         super().__init__()
@@ -273,6 +299,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__.lower(): f for f in (Separate, Eager, Einsum, Causal, MultiQuery, GroupedQuery, Chunked, SplitByConstant, Reshaped,
                                        Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
     "library": Library,
+    "library_token": LibraryToken,
+    "library_probe": LibraryProbe,
     "library_with_weights": lambda: Library(weights=True),
     "library_layer": lambda: LibraryLayer(first=False),
     "library_layer_norm_first": lambda: LibraryLayer(first=True),

@@ -58,6 +58,8 @@ USUAL = {"embedding": [12], "head": [3], "query-key": [4], "value": [4], "hidden
 FUSED = {"embedding": [12], "head": [3], "head_dim": [4], "hidden": [20]}
 FOUND: dict[str, dict[str, list[int]]] = {
     "library": {**FUSED, "hidden": [12, 20]},
+    "library_token": {**FUSED, "hidden": [12, 20]},
+    "library_probe": {**FUSED, "hidden": [12, 12, 20], "input": [2]},
     "library_with_weights": {**FUSED, "hidden": [12, 20]},
     "library_layer": {**FUSED, "hidden": [20, 20]},
     "library_layer_norm_first": {**FUSED, "hidden": [20, 20]},

@@ -17,13 +17,18 @@ from .branches import History, Step
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: the labels of its indices and, for a dimension of the model's own tensors, which it is."""
+    """One dimension of a tensor: the labels of its indices and, for one of the model's own tensors, which it is, ``whole`` or in part."""
 
     labels: Labels
     origin: Site | None = None
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, labels: Labels) -> Dim:
+        """Some of the indices, of the same tensor of the model as before."""
+        return Dim(labels, self.origin, whole=False)
 
     @property
     def labelled(self) -> bool:
@@ -136,20 +141,26 @@ class Ledger:
 
         Where ``a`` is exactly a weight of the model they are counted on it; otherwise on a product of activations.
         """
-        owners = {d.origin[0] if d.origin else None for d in a}
+        owners = {d.origin[0] if d.origin and d.whole else None for d in a}
         if len(owners) == 1 and (name := owners.pop()) is not None:
             self.positions[name] = self.positions.get(name, 0) + repeats * prod(map(len, b))
             return
         name = f"{op}#{len(self.products) + 1}"
-        self.products[name] = tuple(self._distinct(d) for d in (*a, *b) if d.labelled)
+        self.products[name] = (*a, *b)
         self.history.used[-1].add(name)
-        self.positions[name] = repeats * prod(len(d) for d in (*a, *b)) // prod(map(len, self.products[name]))
+        self.positions[name] = repeats * prod(len(d) for d in (*a, *b))
+
+    def settle(self) -> None:
+        """Once all is known: products keep the dimensions that may be cut, and the others are in their work."""
+        for name, dims in self.products.items():
+            self.products[name] = tuple(self._distinct(d) for d in dims if self.atoms.live(d.labels))
+            self.positions[name] //= prod(map(len, self.products[name]))
 
     def _distinct(self, dim: Dim) -> Dim:
         """A dimension without its repetitions, such as the examples of a batch that is one with the heads."""
-        labels = self.atoms.resolve(dim.labels)
+        labels = self.atoms.living(dim.labels)
         rows, counts = np.unique(labels, axis=0, return_counts=True)
-        return Dim(rows) if (counts == counts[0]).all() else dim
+        return Dim(rows if (counts == counts[0]).all() else labels)
 
 
 def lost_rows(atoms: Atoms, labels: Labels, gone: np.ndarray) -> np.ndarray:

@@ -115,6 +115,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Any], made: set[int]) -> Trace:
+    _freeze_unused(ledger, tensors)
+    ledger.settle()
     specs = {**_specs(model, tensors), **_products(ledger)}
     inputs = _inputs(example)
     batch = next((i.shape[0] for i in inputs if i.shape), 1)
@@ -132,7 +134,6 @@ def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example:
 
 def _sites(ledger: Ledger, tensors: dict[str, Tensor]) -> Iterator[tuple[Site, Dim, str]]:
     """Every dimension that may carry channels, in the model's order, with its role."""
-    _freeze_unused(ledger, tensors)
     for name, tensor in tensors.items():
         for n, dim in enumerate(ledger.of(tensor)):
             if dim.labelled and (role := ledger.roles.get((name, n), "along")):

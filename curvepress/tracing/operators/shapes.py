@@ -90,7 +90,7 @@ def repeat(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
 def slice_(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     """A range of one dimension."""
     x, dim = list(ledger.of(a["self"])), a["dim"] % a["self"].ndim
-    x[dim] = Dim(x[dim].labels[slice(a["start"], a["end"], a["step"])]) if len(x[dim]) != out.shape[dim] else x[dim]
+    x[dim] = x[dim].part(x[dim].labels[slice(a["start"], a["end"], a["step"])]) if len(x[dim]) != out.shape[dim] else x[dim]
     return x
 
 
@@ -100,7 +100,7 @@ def split(ledger: Ledger, a: Arguments, out: Sequence[Tensor]) -> Sequence[Dims]
     x, dim, results, start = list(ledger.of(a["self"])), a["dim"] % a["self"].ndim, [], 0
     for part in out:
         stop = start + part.shape[dim]
-        results.append([*x[:dim], Dim(x[dim].labels[start:stop]), *x[dim + 1 :]])
+        results.append([*x[:dim], x[dim].part(x[dim].labels[start:stop]), *x[dim + 1 :]])
         start = stop
     return results
 
