@@ -53,6 +53,7 @@ class Ledger:
         self.positions: dict[str, int] = {}
         self.products: dict[str, tuple[Dim, ...]] = {}
         self.touched: set[int] = set()  # ids of tensors that operators have read
+        self.strays: dict[int, Tensor] = {}  # parameters that were read and are none of the model's, by their ids
         self.decided_by_data = False
         self.history = History()
         self._numbers: dict[int, int] = {}  # ids of tensors and the number of the value they hold now
@@ -106,9 +107,10 @@ class Ledger:
         """The dimensions of ``tensor``; blank if no rule has spoken of it."""
         return self._known[id(tensor)][1] if id(tensor) in self._known else blank(tensor.shape)
 
-    def touch(self, tensors: Iterable[Tensor]) -> None:
+    def touch(self, tensors: Sequence[Tensor]) -> None:
         """An operator has read these tensors."""
         self.touched.update(map(id, tensors))
+        self.strays |= {id(t): t for t in tensors if t.requires_grad and id(t) not in self._known}
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
         """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""

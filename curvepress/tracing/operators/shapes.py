@@ -151,11 +151,13 @@ def pad(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
 
 @rule("index", "index_select", "gather", "_unsafe_index")
 def index(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
-    """Indices chosen by data; the dimensions they are chosen from are fixed."""
+    """Indices chosen by data or by a mask; the dimensions they are chosen from are fixed."""
     x, where = ledger.of(a["self"]), a["indices"] if "indices" in a else a["index"]
     chosen = [n for n, i in enumerate(where) if i is not None] if isinstance(where, (list, tuple)) else [a["dim"] % len(x)]
-    together = chosen == list(range(chosen[0], chosen[-1] + 1))
-    if a["name"] == "gather" or not together or any(i.dtype == torch.bool for i in where if i is not None and i.ndim):
+    masks = [i for i in where if i is not None and i.ndim and i.dtype == torch.bool]
+    if len(masks) == len(chosen) == 1:
+        chosen = list(range(chosen[0], chosen[0] + masks.pop().ndim))
+    if a["name"] == "gather" or masks or chosen != list(range(chosen[0], chosen[-1] + 1)):
         return unknown(ledger, a, out)
     ledger.freeze([x[n] for n in chosen], f"indexed by data in {a['op']}")
     before, behind = x[: chosen[0]], x[chosen[-1] + 1 :]
