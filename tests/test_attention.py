@@ -55,15 +55,13 @@ def test_law_12_surviving_tensors_keep_their_names(pruned: Pruned) -> None:
 
 
 USUAL = {"embedding": [12], "head": [3], "query-key": [4], "value": [4], "hidden": [20]}
-FUSED = {"embedding": [12], "head": [3], "head_dim": [4], "hidden": [20]}
 FOUND: dict[str, dict[str, list[int]]] = {
-    "library": {**FUSED, "hidden": [12, 20]},
-    "library_token": {**FUSED, "hidden": [12, 20]},
-    "library_probe": {**FUSED, "hidden": [12, 12, 20], "input": [2]},
-    "library_with_weights": {**FUSED, "hidden": [12, 20]},
-    "library_layer": {**FUSED, "hidden": [20, 20]},
-    "library_layer_norm_first": {**FUSED, "hidden": [20, 20]},
-    "reshaped": FUSED,
+    "library": {**USUAL, "hidden": [12, 20]},
+    "library_token": {**USUAL, "hidden": [12, 20]},
+    "library_probe": {**USUAL, "hidden": [12, 12, 20], "input": [2]},
+    "library_with_weights": {**USUAL, "hidden": [12, 20]},
+    "library_layer": {**USUAL, "hidden": [20, 20]},
+    "library_layer_norm_first": {**USUAL, "hidden": [20, 20]},
     "rotary": {**USUAL, "query-key": [2]},
     "rotary_by_pairs": {**USUAL, "query-key": [2]},
     "rotarybyconstants": {k: v for k, v in USUAL.items() if k != "query-key"},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -61,6 +62,8 @@ class Ledger:
         self._names: dict[int, str] = {}
         self._companions: set[str] = set()  # buffers carry channels, they do not make or read them
         self._known: dict[int, tuple[Tensor, Dims]] = {}
+        self._waiting: dict[int, tuple[Tensor, Any, Callable[[], Any]]] = {}
+        self._pieces: dict[int, list[Dims]] = {}
 
     def own(self, name: str, tensor: Tensor) -> None:
         """A tensor of the model: no value of the forward pass."""
@@ -101,10 +104,29 @@ class Ledger:
         """Remember the dimensions of ``tensor``."""
         if tuple(map(len, dims)) != tuple(tensor.shape):
             raise AssertionError(f"a rule gave sizes {tuple(map(len, dims))} to a tensor of shape {tuple(tensor.shape)}")
+        self._waiting.pop(id(tensor), None)
         self._known[id(tensor)] = (tensor, dims)  # the tensor itself keeps its id from being used again
+
+    def wait(self, tensor: Tensor, stack: Any, decide: Callable[[], Any]) -> None:
+        """Let ``decide`` give the dimensions of ``tensor`` when they are asked for; see :mod:`curvepress.tracing.operators.observing`."""
+        self._waiting[id(tensor)] = tensor, stack, decide
+
+    def waiting(self, tensor: Tensor) -> Any:
+        """The stack that ``tensor`` is, if nobody has asked for its dimensions yet."""
+        return self._waiting.get(id(tensor), (None, None))[1]
+
+    def piece(self, tensor: Tensor, dims: Dims) -> None:
+        """Remember the dimensions of a piece of a stack, in which the stack's own dimension has size one."""
+        self._pieces.setdefault(id(tensor), []).append(dims)
+
+    def forms(self, tensor: Tensor) -> list[Dims]:
+        """The dimensions of ``tensor``, or of the pieces of a stack that nobody has read; asking decides nothing."""
+        return self._pieces.get(id(tensor), []) if id(tensor) in self._waiting else [self.of(tensor)]
 
     def of(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``; blank if no rule has spoken of it."""
+        if id(tensor) in self._waiting:
+            self.put(tensor, self._waiting.pop(id(tensor))[2]())
         return self._known[id(tensor)][1] if id(tensor) in self._known else blank(tensor.shape)
 
     def touch(self, tensors: Sequence[Tensor]) -> None:

@@ -20,7 +20,7 @@ from .table import Arguments, rule, tensors_in, unknown
 def view(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     """A reshape: dimensions that merge unite their labels, and one that splits becomes a box of heads or groups."""
     x, shape, result = ledger.of(a["self"]), list(out.shape), []
-    for old, new in _blocks([len(d) for d in x], shape):
+    for old, new in blocks([len(d) for d in x], shape):
         if len(old) == 1 and len(new) == 1:
             result.append(x[old[0]])
         elif new:
@@ -30,7 +30,7 @@ def view(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     return result
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of dimensions of both shapes that hold equally many elements, in order."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
