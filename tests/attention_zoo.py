@@ -123,6 +123,33 @@ class Reshaped(Chunked):
         return self.mix(q, k, v).transpose(1, 2).reshape(*x.shape[:2], HEADS * HEAD)
 
 
+class ReshapedTokens(Reshaped):
+    """Behind a class token, with one number a module for heads and one for their width, as vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 7, WIDTH))
+        self.heads, self.width = HEADS, HEAD
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), self.embed(x)), 1) + self.place
+        x = x + self.out(self.attend(self.norm(x)))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x[:, 0])
+
+    def attend(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+        return self.mix(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width)
+
+
+class Normalised(Chunked):
+    """Queries, keys and values go through one norm together, so they stay equally wide."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = F.normalize(self.qkv(x).unflatten(-1, (3, HEADS, HEAD)), dim=-1).permute(2, 0, 3, 1, 4)
+        return self.mix(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
 class Interleaved(Chunked):
     """Each head has its queries, keys and values side by side."""
 
@@ -297,7 +324,7 @@ class Experts(Block):
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__.lower(): f for f in (Separate, Eager, Einsum, Causal, MultiQuery, GroupedQuery, Chunked, SplitByConstant, Reshaped,
-                                       Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
+                                       ReshapedTokens, Normalised, Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
     "library": Library,
     "library_token": LibraryToken,
     "library_probe": LibraryProbe,

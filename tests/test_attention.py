@@ -62,6 +62,7 @@ FOUND: dict[str, dict[str, list[int]]] = {
     "library_with_weights": {**USUAL, "hidden": [12, 20]},
     "library_layer": {**USUAL, "hidden": [20, 20]},
     "library_layer_norm_first": {**USUAL, "hidden": [20, 20]},
+    "normalised": {"embedding": [12], "head": [3], "head_dim": [4], "hidden": [20]},
     "rotary": {**USUAL, "query-key": [2]},
     "rotary_by_pairs": {**USUAL, "query-key": [2]},
     "rotarybyconstants": {k: v for k, v in USUAL.items() if k != "query-key"},

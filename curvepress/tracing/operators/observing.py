@@ -79,11 +79,13 @@ def _as_a_stack(ledger: Ledger, func: Any, a: Arguments, result: Any) -> bool:
     if not isinstance(x, Tensor) or result is x:
         return False
     stack: Stack | None = ledger.waiting(x)
-    if stack is None:
-        split = first_split(x.shape, result.shape) if name in SPLITTING else None
+    if name in SPLITTING:
+        split = first_split(x.shape, result.shape)
         if split is None or not ledger.of(x)[split.dim].labelled:
             return False
         stack = Stack(x, split, split.at, ())
+    elif stack is None:
+        return False
     elif name in TAKING and a["dim"] % x.ndim == stack.at:
         for n, piece in enumerate(tensors_in(result)):
             ledger.put(piece, _piece(ledger, stack, a.get("index", n) % stack.split.count))
