@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvepress.costs import cost
 from curvepress.plan import Plan, after
-from curvepress.surgery.cutting import apply
+from curvepress.surgery.cutting import applied, apply
 from curvepress.surgery.masking import masked_output
 from curvepress.tracing.watching import trace
 
@@ -97,3 +97,30 @@ def test_the_scale_of_attention_stays_that_of_the_original() -> None:
         for layer in (first.q, first.k):
             layer.weight[lost], layer.bias[lost] = 0, 0
     torch.testing.assert_close(small(inputs()), first(inputs()))
+
+
+def test_numbers_of_heads_in_a_module_are_mended_where_its_stack_is_read_by_pieces() -> None:
+    model = make_block("reshapedtokens")
+    structure = trace(model, inputs())
+    made = applied(model, Plan(structure, {"qkv": (0, 2)}), inputs())
+    assert made.form == "module" and made.model.heads == 2 and model.heads == 3
+    assert applied(model, Plan(structure, {"qkv#3": (0, 2)}), inputs()).form == "graph"
+    other = inputs(5, seed=1)
+    torch.testing.assert_close(made.model(other), masked_output(model, Plan(structure, {"qkv": (0, 2)}), (other,)), rtol=1e-8, atol=1e-9)
+
+
+def test_a_piece_that_nobody_reads_is_free_of_those_that_are_read() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.out = nn.Linear(3, 8), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.both(x).view(-1, 2, 4)[:, 1])
+
+    model, x = First(), torch.randn(3, 3)
+    structure = trace(model, x)
+    rows = {g.name: g.members[0].rows.ravel().tolist() for g in structure.free}
+    assert sorted(rows.values()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    plan = Plan(structure, {name: (0,) if 0 in kept else (1, 3) for name, kept in rows.items()})
+    torch.testing.assert_close(apply(model, plan, x)(x), masked_output(model, plan, (x,)))

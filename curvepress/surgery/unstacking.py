@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..tracing.operators import bound, name_of
-from ..tracing.operators.observing import MOVED, SPLITTING, Split, first_split
+from ..tracing.operators.observing import SPLITTING, Split, first_split, moved
 
 Shapes = Mapping[fx.Node, tuple[int, ...]]
 
@@ -69,8 +69,8 @@ def _taken(node: fx.Node, at: int, path: tuple[fx.Node, ...], shapes: Shapes) ->
     for user in node.users:
         name = _name(user)
         a = bound(user.target, user.args, user.kwargs) if name else {}
-        if name in MOVED and (name != "squeeze" or a.get("dim") is not None):
-            yield from _taken(user, MOVED[name](a, torch.empty(shapes[node], device="meta"), at), (*path, user), shapes)
+        if name and (now := moved({**a, "name": name}, shapes[node], at)) is not None:
+            yield from _taken(user, now, (*path, user), shapes)
         elif name == "select" and a["dim"] % rank == at and isinstance(a["index"], int):
             yield Taken(path, at, a["index"] % count, user)
         elif name == "unbind" and a["dim"] % rank == at and all(u.target is operator.getitem for u in user.users):

@@ -132,7 +132,8 @@ class Ledger:
     def touch(self, tensors: Sequence[Tensor]) -> None:
         """An operator has read these tensors."""
         self.touched.update(map(id, tensors))
-        self.strays |= {id(t): t for t in tensors if t.requires_grad and id(t) not in self._known}
+        known = (self._names, self._known, self._waiting)
+        self.strays |= {id(t): t for t in tensors if t.requires_grad and not any(id(t) in seen for seen in known)}
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
         """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""

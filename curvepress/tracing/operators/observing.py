@@ -90,8 +90,8 @@ def _as_a_stack(ledger: Ledger, func: Any, a: Arguments, result: Any) -> bool:
         for n, piece in enumerate(tensors_in(result)):
             ledger.put(piece, _piece(ledger, stack, a.get("index", n) % stack.split.count))
         return True
-    elif name in MOVED and (name != "squeeze" or a.get("dim") is not None):
-        stack = replace(stack, at=MOVED[name](a, x, stack.at))
+    elif (at := moved(a, x.shape, stack.at)) is not None:
+        stack = replace(stack, at=at)
     else:
         return False
     rule = rule_of(func, name)
@@ -101,13 +101,14 @@ def _as_a_stack(ledger: Ledger, func: Any, a: Arguments, result: Any) -> bool:
 
 def _piece(ledger: Ledger, stack: Stack, n: int) -> list[Dim]:
     """The dimensions of one piece: the same steps on a range of what was split."""
-    dim, at, dims = stack.split.dim, stack.split.at, list(ledger.of(stack.source))
+    at: int | None = stack.split.at
+    dim, dims = stack.split.dim, list(ledger.of(stack.source))
     size = stack.split.size
     dims[dim] = dims[dim].part(dims[dim].labels[n * size : (n + 1) * size])
     piece = torch.empty([len(d) for d in dims], device="meta")
     for rule, a, real in stack.steps:
         ledger.put(piece, dims)
-        at = MOVED[a["name"]](a, a["self"], at) if a["name"] in MOVED else at
+        at = at if a["name"] in SPLITTING else moved(a, a["self"].shape, at)
         made = torch.empty([1 if k == at else size for k, size in enumerate(real.shape)], device="meta")
         dims = list(rule(ledger, {**a, "self": piece}, made))  # type: ignore[arg-type]
         ledger.piece(real, dims)
@@ -115,33 +116,44 @@ def _piece(ledger: Ledger, stack: Stack, n: int) -> list[Dim]:
     return [d for k, d in enumerate(dims) if k != at]
 
 
-def _permuted(a: Arguments, x: Tensor, at: int) -> int:
-    return [d % x.ndim for d in a["dims"]].index(at)
+def moved(a: Arguments, shape: Sequence[int], at: int) -> int | None:
+    """Where dimension ``at`` of a tensor of this shape comes to lie under an operator that only moves dimensions; None for any other."""
+    return MOVES[a["name"]](a, shape, at) if a["name"] in MOVES else None
 
 
-def _transposed(a: Arguments, x: Tensor, at: int) -> int:
-    i, j = a["dim0"] % x.ndim, a["dim1"] % x.ndim
+def _permuted(a: Arguments, shape: Sequence[int], at: int) -> int:
+    return [d % len(shape) for d in a["dims"]].index(at)
+
+
+def _transposed(a: Arguments, shape: Sequence[int], at: int) -> int:
+    i, j = a["dim0"] % len(shape), a["dim1"] % len(shape)
     return j if at == i else i if at == j else at
 
 
-def _unsqueezed(a: Arguments, x: Tensor, at: int) -> int:
-    return at + (a["dim"] % (x.ndim + 1) <= at)
+def _unsqueezed(a: Arguments, shape: Sequence[int], at: int) -> int:
+    return at + (a["dim"] % (len(shape) + 1) <= at)
 
 
-def _squeezed(a: Arguments, x: Tensor, at: int) -> int:
-    over = {d % x.ndim for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])}
-    return at - sum(d < at and x.shape[d] == 1 for d in over)
+def _squeezed(a: Arguments, shape: Sequence[int], at: int) -> int | None:
+    if (dims := a.get("dim")) is None:
+        return None  # of a piece it would drop one dimension more
+    return at - sum(d % len(shape) < at and shape[d] == 1 for d in ([dims] if isinstance(dims, int) else dims))
 
 
-def _kept(a: Arguments, x: Tensor, at: int) -> int:
+def _sliced(a: Arguments, shape: Sequence[int], at: int) -> int | None:
+    whole = not a["start"] and (a["end"] is None or (isinstance(a["end"], int) and a["end"] >= shape[at])) and a["step"] == 1
+    return at if whole or a["dim"] % len(shape) != at else None
+
+
+def _kept(a: Arguments, shape: Sequence[int], at: int) -> int:
     return at
 
 
-MOVED: Mapping[str, Callable[[Arguments, Tensor, int], int]] = {
+MOVES: Mapping[str, Callable[[Arguments, Sequence[int], int], int | None]] = {
     "permute": _permuted,
     "transpose": _transposed,
     "unsqueeze": _unsqueezed,
     "squeeze": _squeezed,
+    "slice": _sliced,
     **dict.fromkeys(("clone", "contiguous", "alias", "detach"), _kept),
 }
-"""Where a dimension comes to lie under operators that only move a tensor's dimensions."""
