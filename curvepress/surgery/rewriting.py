@@ -67,7 +67,8 @@ def _observe(graph: fx.GraphModule, example: tuple[Any, ...]) -> tuple[Trace, Se
     trace = watch(graph, lambda: _Recorder(graph, results.__setitem__).run(*placeholder_values(graph, example)), example)
 
     def decided(tensor: Tensor) -> Dims:
-        return blank(tensor.shape) if trace.ledger.waiting(tensor) else trace.ledger.of(tensor)  # nobody reads a stack that still waits
+        dims = next(iter(trace.ledger.forms(tensor)), blank(tensor.shape))
+        return [dim if len(dim) == n else blank([n])[0] for dim, n in zip(dims, tensor.shape, strict=True)]
 
     dims = {node: torch.utils._pytree.tree_map_only(Tensor, decided, result) for node, result in results.items()}
     return trace, dims

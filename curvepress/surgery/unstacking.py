@@ -74,7 +74,7 @@ def _taken(node: fx.Node, at: int, path: tuple[fx.Node, ...], shapes: Shapes) ->
         elif name == "select" and a["dim"] % rank == at and isinstance(a["index"], int):
             yield Taken(path, at, a["index"] % count, user)
         elif name == "unbind" and a["dim"] % rank == at and all(u.target is operator.getitem for u in user.users):
-            yield from (Taken(path, at, u.args[1] % count, u) for u in user.users)  # type: ignore[operator, misc]
+            yield from (Taken(path, at, int(u.args[1]) % count, u) for u in user.users)  # type: ignore[arg-type]
         else:
             raise _Mixed
 
@@ -84,7 +84,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, split: Split, piece: Taken) -> None
     size = split.size
     a = bound(node.target, node.args, node.kwargs)
     flat = _name(node) == "unflatten"
-    sizes = list(a["sizes"] if flat else a.get("size", a.get("shape")))
+    sizes = list(a["sizes"] if flat else a["size"] if "size" in a else a["shape"])
     sizes[split.at - split.dim if flat else split.at] = 1
     with graph.inserting_before(piece.node):
         made = graph.call_function(aten.slice.Tensor, (source, split.dim, piece.index * size, (piece.index + 1) * size, 1))

@@ -101,16 +101,14 @@ def _as_a_stack(ledger: Ledger, func: Any, a: Arguments, result: Any) -> bool:
 
 def _piece(ledger: Ledger, stack: Stack, n: int) -> list[Dim]:
     """The dimensions of one piece: the same steps on a range of what was split."""
-    at: int | None = stack.split.at
-    dim, dims = stack.split.dim, list(ledger.of(stack.source))
-    size = stack.split.size
+    dim, size, at, dims = stack.split.dim, stack.split.size, stack.split.at, list(ledger.of(stack.source))
     dims[dim] = dims[dim].part(dims[dim].labels[n * size : (n + 1) * size])
     piece = torch.empty([len(d) for d in dims], device="meta")
     for rule, a, real in stack.steps:
         ledger.put(piece, dims)
-        at = at if a["name"] in SPLITTING else moved(a, a["self"].shape, at)
-        made = torch.empty([1 if k == at else size for k, size in enumerate(real.shape)], device="meta")
-        dims = list(rule(ledger, {**a, "self": piece}, made))  # type: ignore[arg-type]
+        now = at if a["name"] in SPLITTING else moved(a, a["self"].shape, at)
+        made = torch.empty([1 if k == now else length for k, length in enumerate(real.shape)], device="meta")
+        at, dims = now or 0, list(rule(ledger, {**a, "self": piece}, made))  # type: ignore[arg-type]
         ledger.piece(real, dims)
         piece = made
     return [d for k, d in enumerate(dims) if k != at]
