@@ -141,6 +141,9 @@ class ReshapedTokens(Reshaped):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
         return self.mix(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width)
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5)
+
 
 class Normalised(Chunked):
     """Queries, keys and values go through one norm together, so they stay equally wide."""

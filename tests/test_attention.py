@@ -99,14 +99,14 @@ def test_the_scale_of_attention_stays_that_of_the_original() -> None:
     torch.testing.assert_close(small(inputs()), first(inputs()))
 
 
-def test_numbers_of_heads_in_a_module_are_mended_where_its_stack_is_read_by_pieces() -> None:
-    model = make_block("reshapedtokens")
+def test_numbers_of_a_module_are_mended_where_its_stack_is_read_by_pieces() -> None:
+    model, other = make_block("reshapedtokens"), inputs(5, seed=1)
     structure = trace(model, inputs())
-    made = applied(model, Plan(structure, {"qkv": (0, 2)}), inputs())
-    assert made.form == "module" and made.model.heads == 2 and model.heads == 3
+    plan = Plan(structure, {"qkv": (0, 2), "qkv#2": (0, 2, 3), "qkv#3": (0, 1, 2)})
+    made = applied(model, plan, inputs())
+    assert made.form == "module" and (made.model.heads, made.model.width) == (2, 3)
+    torch.testing.assert_close(made.model(other), masked_output(model, plan, (other,)), rtol=1e-8, atol=1e-9)
     assert applied(model, Plan(structure, {"qkv#3": (0, 2)}), inputs()).form == "graph"
-    other = inputs(5, seed=1)
-    torch.testing.assert_close(made.model(other), masked_output(model, Plan(structure, {"qkv": (0, 2)}), (other,)), rtol=1e-8, atol=1e-9)
 
 
 def test_a_piece_that_nobody_reads_is_free_of_those_that_are_read() -> None:
