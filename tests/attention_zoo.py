@@ -207,6 +207,18 @@ class LibraryLayer(Block):
         return self.layer(x)
 
 
+class LibraryDecoder(Block):
+    """torch's decoder: learnt queries attend to each other and to the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe, self.layer = nn.Parameter(torch.randn(1, 2, WIDTH)), nn.TransformerDecoderLayer(WIDTH, HEADS, 20, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.probe.expand(x.shape[0], -1, -1), self.norm(self.embed(x)))[:, 0]
+        return self.head(self.out(x) + self.down(F.gelu(self.up(self.norm2(x)))))
+
+
 class RMSNorm(nn.Module):
     """Written by hand: the mean runs over the channels that are left."""
 
@@ -331,6 +343,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "library": Library,
     "library_token": LibraryToken,
     "library_probe": LibraryProbe,
+    "library_decoder": LibraryDecoder,
     "library_with_weights": lambda: Library(weights=True),
     "library_layer": lambda: LibraryLayer(first=False),
     "library_layer_norm_first": lambda: LibraryLayer(first=True),

@@ -59,6 +59,7 @@ FOUND: dict[str, dict[str, list[int]]] = {
     "library": {**USUAL, "hidden": [12, 20]},
     "library_token": {**USUAL, "hidden": [12, 20]},
     "library_probe": {**USUAL, "hidden": [12, 12, 20], "input": [2]},
+    "library_decoder": {"embedding": [12], "head": [3, 3], "query-key": [4, 4], "value": [4, 4], "hidden": [12, 20, 20]},
     "library_with_weights": {**USUAL, "hidden": [12, 20]},
     "library_layer": {**USUAL, "hidden": [20, 20]},
     "library_layer_norm_first": {**USUAL, "hidden": [20, 20]},
