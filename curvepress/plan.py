@@ -90,8 +90,9 @@ def edits(plan: Plan) -> dict[Site, np.ndarray]:
     gone: dict[Site, list[np.ndarray]] = {}
     for group in plan.structure.groups:
         if group.name in plan.keep:
+            channels = lost(plan, group)
             for m in group.members:
-                gone.setdefault((m.tensor, m.dim), []).append(m.rows[lost(plan, group)].ravel())
+                gone.setdefault((m.tensor, m.dim), []).append(m.rows[channels].ravel())
     lengths = {site: plan.structure.tensors[site[0]].shape[site[1]] for site in gone}
     return {site: np.setdiff1d(np.arange(lengths[site]), np.concatenate(rows)) for site, rows in gone.items()}
 

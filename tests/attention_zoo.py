@@ -123,6 +123,36 @@ class Reshaped(Chunked):
         return self.mix(q, k, v).transpose(1, 2).reshape(*x.shape[:2], HEADS * HEAD)
 
 
+class ReshapedTokens(Reshaped):
+    """Behind a class token, with one number a module for heads and one for their width, as vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 7, WIDTH))
+        self.heads, self.width = HEADS, HEAD
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), self.embed(x)), 1) + self.place
+        x = x + self.out(self.attend(self.norm(x)))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x[:, 0])
+
+    def attend(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+        return self.mix(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5)
+
+
+class Normalised(Chunked):
+    """Queries, keys and values go through one norm together, so they stay equally wide."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = F.normalize(self.qkv(x).unflatten(-1, (3, HEADS, HEAD)), dim=-1).permute(2, 0, 3, 1, 4)
+        return self.mix(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
 class Interleaved(Chunked):
     """Each head has its queries, keys and values side by side."""
 
@@ -142,6 +172,32 @@ class Library(Block):
         return self.attention(x, x, x, need_weights=self.weights)[0]
 
 
+class LibraryToken(Library):
+    """torch's own attention, which makes one dimension of batch and heads, behind a class token repeated for every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 7, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), self.embed(x)), 1) + self.place
+        x = x + self.out(self.attend(self.norm(x)))
+        return self.head(x[:, 0] + self.down(F.gelu(self.up(self.norm2(x[:, 0])))))
+
+
+class LibraryProbe(Library):
+    """torch's own attention of one learnt query over the sequence, repeated for every example and met by nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        x = self.out(self.attention(self.probe.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0].mean(1))
+        return self.head(x + self.down(F.gelu(self.up(self.norm2(x)))))
+
+
 class LibraryLayer(Block):
     def __init__(self, first: bool) -> None:
         super().__init__()
@@ -149,6 +205,18 @@ class LibraryLayer(Block):
 
     def attend(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+class LibraryDecoder(Block):
+    """torch's decoder: learnt queries attend to each other and to the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe, self.layer = nn.Parameter(torch.randn(1, 2, WIDTH)), nn.TransformerDecoderLayer(WIDTH, HEADS, 20, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.probe.expand(x.shape[0], -1, -1), self.norm(self.embed(x)))[:, 0]
+        return self.head(self.out(x) + self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 class RMSNorm(nn.Module):
@@ -271,8 +339,11 @@ class Experts(Block):
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__.lower(): f for f in (Separate, Eager, Einsum, Causal, MultiQuery, GroupedQuery, Chunked, SplitByConstant, Reshaped,
-                                       Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
+                                       ReshapedTokens, Normalised, Interleaved, RotaryByConstants, Cosine, Windows, Tokens, Bare, Experts)},
     "library": Library,
+    "library_token": LibraryToken,
+    "library_probe": LibraryProbe,
+    "library_decoder": LibraryDecoder,
     "library_with_weights": lambda: Library(weights=True),
     "library_layer": lambda: LibraryLayer(first=False),
     "library_layer_norm_first": lambda: LibraryLayer(first=True),

@@ -52,6 +52,18 @@ def test_a_split_of_a_merge_is_what_was_merged() -> None:
     assert labels(atoms, found[2]) == labels(atoms, widths)
 
 
+def test_a_split_imposes_only_what_is_not_known_yet() -> None:
+    atoms = Atoms()
+    examples, rows = atoms.new(2), atoms.new(12)
+    atoms.freeze(examples, "batch")
+    lines, widths = atoms.factor(merged([examples, rows]), (6, 4))  # examples times heads, widths
+    heads = [labels(atoms, lines)[n] - labels(atoms, examples)[0] for n in range(3)]
+    assert labels(atoms, lines) == [labels(atoms, examples)[b] | heads[h] for b in range(2) for h in range(3)]
+    assert labels(atoms, rows) == [heads[i] | labels(atoms, widths)[j] for i in range(3) for j in range(4)]
+    assert labels(atoms, atoms.living(lines)) == heads * 2
+    assert not any(atoms.reasons(atoms.resolve(rows).ravel()))
+
+
 def test_products_that_meet_unite_factor_by_factor() -> None:
     atoms = Atoms()
     q, k = atoms.new(12), atoms.new(12)

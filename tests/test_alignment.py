@@ -29,7 +29,7 @@ def scored(structure: Structure) -> Scores:
     return Scores(values, {k: np.zeros_like(v) for k, v in values.items()}, "test", "rise of the loss", 1, 0)
 
 
-@pytest.mark.parametrize("name", ["separate", "rotary", "chunked", "groupedquery", "multiquery"])
+@pytest.mark.parametrize("name", ["separate", "rotary", "chunked", "groupedquery", "multiquery", "library"])
 def test_query_key_and_value_widths_of_a_block_belong_together(name: str) -> None:
     (block,) = head_widths(structure_of(name))
     assert [g.kind for g in block] == ["query-key", "value"]
@@ -38,7 +38,7 @@ def test_query_key_and_value_widths_of_a_block_belong_together(name: str) -> Non
 def test_blocks_are_told_apart() -> None:
     two = torch.nn.Sequential(torch.nn.ModuleDict({"a": make_block("separate")})["a"], torch.nn.Linear(5, 3).double())
     assert [len(b) for b in head_widths(trace(two, X))] == [2]
-    assert head_widths(structure_of("library")) == []
+    assert head_widths(structure_of("normalised")) == []
 
 
 @pytest.mark.parametrize(("name", "rows"), [("separate", 1), ("rotary", 2)])

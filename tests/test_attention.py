@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvepress.costs import cost
 from curvepress.plan import Plan, after
-from curvepress.surgery.cutting import apply
+from curvepress.surgery.cutting import applied, apply
 from curvepress.surgery.masking import masked_output
 from curvepress.tracing.watching import trace
 
@@ -55,13 +55,15 @@ def test_law_12_surviving_tensors_keep_their_names(pruned: Pruned) -> None:
 
 
 USUAL = {"embedding": [12], "head": [3], "query-key": [4], "value": [4], "hidden": [20]}
-FUSED = {"embedding": [12], "head": [3], "head_dim": [4], "hidden": [20]}
 FOUND: dict[str, dict[str, list[int]]] = {
-    "library": {**FUSED, "hidden": [12, 20]},
-    "library_with_weights": {**FUSED, "hidden": [12, 20]},
-    "library_layer": {**FUSED, "hidden": [20, 20]},
-    "library_layer_norm_first": {**FUSED, "hidden": [20, 20]},
-    "reshaped": FUSED,
+    "library": {**USUAL, "hidden": [12, 20]},
+    "library_token": {**USUAL, "hidden": [12, 20]},
+    "library_probe": {**USUAL, "hidden": [12, 12, 20], "input": [2]},
+    "library_decoder": {"embedding": [12], "head": [3, 3], "query-key": [4, 4], "value": [4, 4], "hidden": [12, 20, 20]},
+    "library_with_weights": {**USUAL, "hidden": [12, 20]},
+    "library_layer": {**USUAL, "hidden": [20, 20]},
+    "library_layer_norm_first": {**USUAL, "hidden": [20, 20]},
+    "normalised": {"embedding": [12], "head": [3], "head_dim": [4], "hidden": [20]},
     "rotary": {**USUAL, "query-key": [2]},
     "rotary_by_pairs": {**USUAL, "query-key": [2]},
     "rotarybyconstants": {k: v for k, v in USUAL.items() if k != "query-key"},
@@ -96,3 +98,30 @@ def test_the_scale_of_attention_stays_that_of_the_original() -> None:
         for layer in (first.q, first.k):
             layer.weight[lost], layer.bias[lost] = 0, 0
     torch.testing.assert_close(small(inputs()), first(inputs()))
+
+
+def test_numbers_of_a_module_are_mended_where_its_stack_is_read_by_pieces() -> None:
+    model, other = make_block("reshapedtokens"), inputs(5, seed=1)
+    structure = trace(model, inputs())
+    plan = Plan(structure, {"qkv": (0, 2), "qkv#2": (0, 2, 3), "qkv#3": (0, 1, 2)})
+    made = applied(model, plan, inputs())
+    assert made.form == "module" and (made.model.heads, made.model.width) == (2, 3)
+    torch.testing.assert_close(made.model(other), masked_output(model, plan, (other,)), rtol=1e-8, atol=1e-9)
+    assert applied(model, Plan(structure, {"qkv#3": (0, 2)}), inputs()).form == "graph"
+
+
+def test_a_piece_that_nobody_reads_is_free_of_those_that_are_read() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.out = nn.Linear(3, 8), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.both(x).view(-1, 2, 4)[:, 1])
+
+    model, x = First(), torch.randn(3, 3)
+    structure = trace(model, x)
+    rows = {g.name: g.members[0].rows.ravel().tolist() for g in structure.free}
+    assert sorted(rows.values()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    plan = Plan(structure, {name: (0,) if 0 in kept else (1, 3) for name, kept in rows.items()})
+    torch.testing.assert_close(apply(model, plan, x)(x), masked_output(model, plan, (x,)))

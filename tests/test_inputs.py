@@ -146,3 +146,78 @@ def test_on_the_meta_device_what_data_would_decide_is_taken_as_zero() -> None:
     with torch.device("meta"):
         structure = trace(Routed(), torch.empty(4, 3))
     assert [(g.name, g.size) for g in structure.free] == [("wide", 10)]
+
+
+class Stray(nn.Module):
+    """Reads parameters that are in none of its modules."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.first, self.out, self.held = nn.Linear(3, 8), nn.Linear(8, 2), held
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for extra in self.held.values():
+            x = extra(x) if isinstance(extra, nn.Module) else x * extra
+        return self.out(x)
+
+
+OUTSIDE = nn.Parameter(torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("held", "where"), [({"layer": nn.Linear(8, 8)}, "shape .* in the attribute 'held'"), ({}, "outside of the model")]
+)
+def test_a_parameter_that_no_module_holds_is_refused_by_name(held: dict[str, Any], where: str) -> None:
+    model = Stray(**held)
+    if not held:
+        model.first.register_forward_hook(lambda module, inputs, result: result * OUTSIDE)
+    with pytest.raises(ValueError, match=f"{where} and in none of its modules, so it would be neither trained nor saved"):
+        trace(model, torch.randn(4, 3))
+
+
+def test_a_constant_that_no_module_holds_freezes_what_it_meets_and_inputs_may_want_gradients() -> None:
+    structure = trace(Stray(scale=torch.rand(8)), torch.randn(4, 3, requires_grad=True))
+    assert "meets a dimension of fixed size" in structure["first"].frozen
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (lambda x: x, torch.ones(2), "only a torch.nn.Module can be traced, this is of type function"),
+        (nn.Linear(3, 2), {"x": torch.ones(2, 3)}, r"keyword argument 'x'; a mapping that ends .* write \(mapping, \{\}\)"),
+    ],
+)
+def test_what_cannot_be_run_says_what_to_do(model: Any, example: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(model, example)
+
+
+def test_a_model_without_an_output_is_refused() -> None:
+    class Silent(Stray):
+        def forward(self, x: Tensor) -> None:
+            super().forward(x)
+
+    with pytest.raises(ValueError, match="gives back no tensor for the example but an object of type NoneType"):
+        trace(Silent(), torch.randn(4, 3))
+
+
+def test_a_mapping_as_an_argument() -> None:
+    class Batch(nn.Sequential):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch["x"])
+
+    assert [g.size for g in trace(Batch(nn.Linear(3, 8), nn.Linear(8, 2)), {"x": torch.randn(4, 3)}, {}).free] == [8]
+
+
+def test_examples_chosen_by_a_mask_leave_channels_free() -> None:
+    class Chosen(Stray):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.out(x[x.norm(dim=-1) > 0.5].sum(0)[None] + x)
+
+    model, x = Chosen(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    structure = trace(model, x)
+    assert [g.size for g in structure.free] == [8]
+    plan = Plan(structure, {"first": tuple(range(7))})
+    torch.testing.assert_close(apply(model, plan, x)(x), masked_output(model, plan, (x,)))

@@ -56,9 +56,9 @@ def test_grouped_convolutions_go_by_whole_groups_or_by_the_same_channels_of_ever
     assert rows(structure, groups, "b.0.weight", 0) == [list(range(6 * n, 6 * n + 6)) for n in range(4)]
 
 
-def test_a_fused_projection_has_one_width_for_queries_keys_and_values() -> None:
+def test_a_fused_projection_that_is_taken_apart_has_widths_of_its_own_for_queries_and_values() -> None:
     structure = found("attention")
-    assert sizes(structure) == [("embedding", 16), ("head", 4), ("head_dim", 4), ("hidden", 24)]
+    assert sizes(structure) == [("embedding", 16), ("head", 4), ("hidden", 24), ("query-key", 4), ("value", 4)]
 
 
 def test_tied_parameters_are_one_tensor() -> None:

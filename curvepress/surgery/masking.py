@@ -35,11 +35,11 @@ def masked_output(model: nn.Module, plan: Plan, example: Sequence[Any]) -> Any:
 def masked(model: nn.Module, plan: Plan, example: Sequence[Any], trace: Trace, gone: np.ndarray) -> Any:
     """:func:`masked_output` of a model that has been traced on the example, with the atoms that are lost."""
     full = copy.deepcopy(model)
-    tensors, originals = model_tensors(full), model_tensors(model)
+    tensors, originals, stays = model_tensors(full), model_tensors(model), stay(plan)
     with torch.no_grad():
         for name, tensor in tensors.items():
             trace.ledger.put(tensor, trace.ledger.of(originals[name]))
-            for dim, rows in stay(plan).get(name, {}).items():
+            for dim, rows in stays.get(name, {}).items():
                 lost = np.setdiff1d(np.arange(tensor.shape[dim]), rows)
                 tensor.index_fill_(dim, _on(lost, tensor), 0)
         with quiet_evaluation(full), sdpa_kernel(SDPBackend.MATH), _OverSurvivors(trace.ledger, gone, left_over(trace, plan.skip)):

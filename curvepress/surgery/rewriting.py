@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from ..plan import Plan, edits
 from ..tracing.algebra import Labels
 from ..tracing.graphs import export_graph, graph_tensors, placeholder_values
-from ..tracing.labelling import Dim, lost_rows
+from ..tracing.labelling import Dim, Dims, blank, lost_rows
 from ..tracing.watching import Trace, atoms_lost, watch
 from .skipping import leave_out
+from .unstacking import unstack
 
 Seen = dict[fx.Node, Any]
 
@@ -33,6 +34,7 @@ def rewrite(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> fx.GraphM
         ValueError: if the model cannot be exported or its graph has another structure than the plan.
     """
     graph = export_graph(model, example)
+    unstack(graph, _shapes(graph, example))
     trace, seen = _observe(graph, example)
     cut = _Cut(trace, atoms_lost(trace, plan, graph_tensors(graph)))
     for node in graph.graph.nodes:
@@ -63,8 +65,21 @@ class _Recorder(fx.Interpreter):
 def _observe(graph: fx.GraphModule, example: tuple[Any, ...]) -> tuple[Trace, Seen]:
     results: Seen = {}
     trace = watch(graph, lambda: _Recorder(graph, results.__setitem__).run(*placeholder_values(graph, example)), example)
-    dims = {node: torch.utils._pytree.tree_map_only(Tensor, trace.ledger.of, result) for node, result in results.items()}
+
+    def decided(tensor: Tensor) -> Dims:
+        dims = next(iter(trace.ledger.forms(tensor)), blank(tensor.shape))
+        return [dim if len(dim) == n else blank([n])[0] for dim, n in zip(dims, tensor.shape, strict=True)]
+
+    dims = {node: torch.utils._pytree.tree_map_only(Tensor, decided, result) for node, result in results.items()}
     return trace, dims
+
+
+def _shapes(graph: fx.GraphModule, example: tuple[Any, ...]) -> dict[fx.Node, tuple[int, ...]]:
+    """Of every node that makes one tensor its shape on the example."""
+    results: Seen = {}
+    with torch.no_grad():
+        _Recorder(graph, results.__setitem__).run(*placeholder_values(graph, example))
+    return {node: tuple(result.shape) for node, result in results.items() if isinstance(result, Tensor)}
 
 
 def _is_tensor(seen: Any) -> bool:

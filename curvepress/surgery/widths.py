@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..tracing.labelling import Dim, Ledger
+from ..tracing.labelling import Dim, Dims, Ledger
 from ..tracing.watching import model_tensors
 
 Place = tuple[str, str, int]
@@ -81,7 +81,8 @@ class Watched(TorchFunctionMode):
             if name in SPLITS:
                 yield from _split_uses(ledger, given, result)
             elif name in SIZED:
-                yield from _size_uses(ledger, name, given, source, result)
+                for dims in ledger.forms(result):
+                    yield from _size_uses(dims, name, given, source)
 
 
 SPLITS = ("split", "split_with_sizes")
@@ -96,9 +97,9 @@ def _leaves(tree: Any) -> Iterator[Any]:
             yield x
 
 
-def _size_uses(ledger: Ledger, name: str, given: Sequence[Any], source: Any, result: Tensor) -> Iterator[Use]:
+def _size_uses(dims: Dims, name: str, given: Sequence[Any], source: Any) -> Iterator[Use]:
     """Sizes of the result, aligned with its dimensions from the right; behind an unflattened dimension come others."""
-    dims, sizes = ledger.of(result), [x for x in _leaves(given) if type(x) in (int, Width)]
+    sizes = [x for x in _leaves(given) if type(x) in (int, Width)]
     if name == "unflatten":
         dim, *sizes = sizes
         dims = dims[dim % source.ndim : dim % source.ndim + len(sizes)]

@@ -105,15 +105,22 @@ class Atoms:
 
     def live(self, labels: Labels) -> bool:
         """Whether any atom of ``labels`` may still go."""
+        return bool(self.living(labels).shape[1])
+
+    def living(self, labels: Labels) -> Labels:
+        """Labels without frozen atoms: what is removed is the same, however a dimension came to be fixed."""
         atoms = self.resolve(labels)
-        return bool((self._why[atoms[atoms >= 0]] == 0).any())
+        return _canonical(np.where((atoms >= 0) & (self._why[atoms] > 0), -1, atoms)) if atoms.size else atoms
 
     def reasons(self, atoms: np.ndarray) -> list[str]:
         """Why each of these root atoms is frozen, or ``""``."""
         return [self._reasons[w] for w in self._why[atoms]]
 
     def factor(self, flat: Labels, sizes: Sequence[int]) -> list[Labels]:
-        """Labels of a dimension seen as a box of ``sizes``: its product structure where there is one, else imposed."""
+        """Labels of a dimension seen as a box of ``sizes``: its product structure as far as there is one, the rest imposed.
+
+        Examples times heads, say, where an example is labelled too: rows know their example, and only the heads are imposed.
+        """
         wide = [d for d, n in enumerate(sizes) if n > 1]
         flat = self.resolve(flat)
         if not flat.shape[1]:
@@ -123,9 +130,10 @@ class Atoms:
         found = _each_once([_common(flat.reshape(*sizes, -1), d) for d in range(len(sizes))])
         if np.array_equal(*_level(_canonical(merged(found)), flat)):
             return found
+        found = [f if (f >= 0).any(axis=1).all() else empty(len(f)) for f in found]
         fresh = [self.new(n, INNER if d == wide[-1] else OUTER) if d in wide else empty(n) for d, n in enumerate(sizes)]
-        self.equate(flat, merged(fresh), "split in a way that its channels do not follow")
-        return fresh
+        self.equate(_without(flat, merged(found)), merged(fresh), "split in a way that its channels do not follow")
+        return [np.concatenate(factors, axis=1) for factors in zip(found, fresh, strict=True)]
 
     def _rooted(self, labels: Labels) -> Labels:
         if not labels.size:
@@ -221,6 +229,11 @@ def _canonical(labels: Labels) -> Labels:
         labels = -np.sort(-labels, axis=1)
     width = int((labels >= 0).sum(axis=1).max(initial=0))
     return labels[:, :width]
+
+
+def _without(labels: Labels, others: Labels) -> Labels:
+    """Labels without those atoms that ``others`` have at the same index."""
+    return _canonical(np.where((labels[:, :, None] == others[:, None, :]).any(axis=2), -1, labels))
 
 
 def _each_once(factors: list[Labels]) -> list[Labels]:

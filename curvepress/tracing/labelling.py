@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,13 +18,18 @@ from .branches import History, Step
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: the labels of its indices and, for a dimension of the model's own tensors, which it is."""
+    """One dimension of a tensor: the labels of its indices and, for one of the model's own tensors, which it is, ``whole`` or in part."""
 
     labels: Labels
     origin: Site | None = None
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, labels: Labels) -> Dim:
+        """Some of the indices, of the same tensor of the model as before."""
+        return Dim(labels, self.origin, whole=False)
 
     @property
     def labelled(self) -> bool:
@@ -48,6 +54,7 @@ class Ledger:
         self.positions: dict[str, int] = {}
         self.products: dict[str, tuple[Dim, ...]] = {}
         self.touched: set[int] = set()  # ids of tensors that operators have read
+        self.strays: dict[int, Tensor] = {}  # parameters that were read and are none of the model's, by their ids
         self.decided_by_data = False
         self.history = History()
         self._numbers: dict[int, int] = {}  # ids of tensors and the number of the value they hold now
@@ -55,6 +62,8 @@ class Ledger:
         self._names: dict[int, str] = {}
         self._companions: set[str] = set()  # buffers carry channels, they do not make or read them
         self._known: dict[int, tuple[Tensor, Dims]] = {}
+        self._waiting: dict[int, tuple[Tensor, Any, Callable[[], Any]]] = {}
+        self._pieces: dict[int, list[Dims]] = {}
 
     def own(self, name: str, tensor: Tensor) -> None:
         """A tensor of the model: no value of the forward pass."""
@@ -95,15 +104,36 @@ class Ledger:
         """Remember the dimensions of ``tensor``."""
         if tuple(map(len, dims)) != tuple(tensor.shape):
             raise AssertionError(f"a rule gave sizes {tuple(map(len, dims))} to a tensor of shape {tuple(tensor.shape)}")
+        self._waiting.pop(id(tensor), None)
         self._known[id(tensor)] = (tensor, dims)  # the tensor itself keeps its id from being used again
+
+    def wait(self, tensor: Tensor, stack: Any, decide: Callable[[], Any]) -> None:
+        """Let ``decide`` give the dimensions of ``tensor`` when they are asked for; see :mod:`curvepress.tracing.operators.observing`."""
+        self._waiting[id(tensor)] = tensor, stack, decide
+
+    def waiting(self, tensor: Tensor) -> Any:
+        """The stack that ``tensor`` is, if nobody has asked for its dimensions yet."""
+        return self._waiting.get(id(tensor), (None, None))[1]
+
+    def piece(self, tensor: Tensor, dims: Dims) -> None:
+        """Remember the dimensions of a piece of a stack, in which the stack's own dimension has size one."""
+        self._pieces.setdefault(id(tensor), []).append(dims)
+
+    def forms(self, tensor: Tensor) -> list[Dims]:
+        """The dimensions of ``tensor``, or of the pieces of a stack that nobody has read; asking decides nothing."""
+        return self._pieces.get(id(tensor), []) if id(tensor) in self._waiting else [self.of(tensor)]
 
     def of(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``; blank if no rule has spoken of it."""
+        if id(tensor) in self._waiting:
+            self.put(tensor, self._waiting.pop(id(tensor))[2]())
         return self._known[id(tensor)][1] if id(tensor) in self._known else blank(tensor.shape)
 
-    def touch(self, tensors: Iterable[Tensor]) -> None:
+    def touch(self, tensors: Sequence[Tensor]) -> None:
         """An operator has read these tensors."""
         self.touched.update(map(id, tensors))
+        known = (self._names, self._known, self._waiting)
+        self.strays |= {id(t): t for t in tensors if t.requires_grad and not any(id(t) in seen for seen in known)}
 
     def same(self, a: Dim, b: Dim, why: str) -> Dim:
         """Two dimensions are one; ``why`` is the reason where that freezes them.  Size 1 broadcasts and says nothing."""
@@ -136,20 +166,26 @@ class Ledger:
 
         Where ``a`` is exactly a weight of the model they are counted on it; otherwise on a product of activations.
         """
-        owners = {d.origin[0] if d.origin else None for d in a}
+        owners = {d.origin[0] if d.origin and d.whole else None for d in a}
         if len(owners) == 1 and (name := owners.pop()) is not None:
             self.positions[name] = self.positions.get(name, 0) + repeats * prod(map(len, b))
             return
         name = f"{op}#{len(self.products) + 1}"
-        self.products[name] = tuple(self._distinct(d) for d in (*a, *b) if d.labelled)
+        self.products[name] = (*a, *b)
         self.history.used[-1].add(name)
-        self.positions[name] = repeats * prod(len(d) for d in (*a, *b)) // prod(map(len, self.products[name]))
+        self.positions[name] = repeats * prod(len(d) for d in (*a, *b))
+
+    def settle(self) -> None:
+        """Once all is known: products keep the dimensions that may be cut, and the others are in their work."""
+        for name, dims in self.products.items():
+            self.products[name] = tuple(self._distinct(d) for d in dims if self.atoms.live(d.labels))
+            self.positions[name] //= prod(map(len, self.products[name]))
 
     def _distinct(self, dim: Dim) -> Dim:
         """A dimension without its repetitions, such as the examples of a batch that is one with the heads."""
-        labels = self.atoms.resolve(dim.labels)
+        labels = self.atoms.living(dim.labels)
         rows, counts = np.unique(labels, axis=0, return_counts=True)
-        return Dim(rows) if (counts == counts[0]).all() else dim
+        return Dim(rows if (counts == counts[0]).all() else labels)
 
 
 def lost_rows(atoms: Atoms, labels: Labels, gone: np.ndarray) -> np.ndarray:

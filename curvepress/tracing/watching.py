@@ -36,8 +36,10 @@ def trace(model: nn.Module, *example: Any) -> Structure:
             is taken as zero.
 
     Raises:
-        ValueError: if the model cannot be run on the example.
+        ValueError: if the model cannot be run on the example, gives back no tensor, or reads a parameter that none of its modules holds.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"only a torch.nn.Module can be traced, this is of type {type(model).__name__}; wrap the function in a module")
     return watch(model, lambda: run(model, example), example).structure
 
 
@@ -52,7 +54,8 @@ def run(model: nn.Module, example: Sequence[Any]) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         positional, named = arguments(example)
         shapes = ", ".join([*map(_seen, positional), *(f"{k}={_seen(x)}" for k, x in named.items())])
-        raise ValueError(f"the model does not run on the example ({shapes}): {type(error).__name__}: {error}") from error
+        hint = "; a mapping that ends the example is keyword inputs, write (mapping, {}) for one that is an argument" if named else ""
+        raise ValueError(f"the model does not run on the example ({shapes}): {type(error).__name__}: {error}{hint}") from error
 
 
 def _seen(x: Any) -> str:
@@ -77,9 +80,25 @@ def watch(model: nn.Module, forward: Callable[[], Any], example: Sequence[Any]) 
             ledger.adopt(name, tensor)
     with quiet_evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Watch(ledger):  # one kernel for any widths
         out = forward()
+    if not outputs(out):
+        raise ValueError(f"the model gives back no tensor for the example but an object of type {type(out).__name__}; return its output")
+    if strays := {n: t for n, t in ledger.strays.items() if n not in set(map(id, torch.utils._pytree.tree_leaves(example)))}:
+        raise ValueError(_homeless(model, next(iter(strays.values()))))
     for tensor in outputs(out):
         ledger.freeze(ledger.of(tensor), "model output")
     return _read(ledger, model, tensors, example, {ledger.number(t) for t in outputs(out)})
+
+
+def _homeless(model: nn.Module, stray: Tensor) -> str:
+    """What is wrong with a parameter that is read and is none of the model's, with the attribute that holds it."""
+    held = ((f"{name}.{key}".lstrip("."), value) for name, module in model.named_modules() for key, value in module.__dict__.items())
+    leaves = ((name, leaf) for name, value in held for leaf in torch.utils._pytree.tree_leaves(value))
+    found = (n for n, leaf in leaves if leaf is stray or (isinstance(leaf, nn.Module) and any(p is stray for p in leaf.parameters())))
+    where = next((f"in the attribute {n!r}" for n in found), "outside of the model")
+    return (
+        f"the model reads a parameter of shape {tuple(stray.shape)} that is {where} and in none of its modules, so it would be neither "
+        "trained nor saved; hold it in an nn.Parameter, nn.ParameterList, nn.ParameterDict or nn.ModuleList, or turn off its gradient"
+    )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -115,6 +134,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example: Sequence[Any], made: set[int]) -> Trace:
+    _freeze_unused(ledger, tensors)
+    ledger.settle()
     specs = {**_specs(model, tensors), **_products(ledger)}
     inputs = _inputs(example)
     batch = next((i.shape[0] for i in inputs if i.shape), 1)
@@ -132,7 +153,6 @@ def _read(ledger: Ledger, model: nn.Module, tensors: dict[str, Tensor], example:
 
 def _sites(ledger: Ledger, tensors: dict[str, Tensor]) -> Iterator[tuple[Site, Dim, str]]:
     """Every dimension that may carry channels, in the model's order, with its role."""
-    _freeze_unused(ledger, tensors)
     for name, tensor in tensors.items():
         for n, dim in enumerate(ledger.of(tensor)):
             if dim.labelled and (role := ledger.roles.get((name, n), "along")):

@@ -7,6 +7,7 @@ says so: see :func:`~curvepress.tracing.operators.table.unknown`.
 
 from . import elementwise, norms, shapes, weights
 from .norms import reduced
-from .table import RULES, bound, name_of, observe
+from .observing import observe
+from .table import RULES, bound, name_of
 
 __all__ = ["RULES", "bound", "elementwise", "name_of", "norms", "observe", "reduced", "shapes", "weights"]

@@ -20,7 +20,7 @@ from .table import Arguments, rule, tensors_in, unknown
 def view(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     """A reshape: dimensions that merge unite their labels, and one that splits becomes a box of heads or groups."""
     x, shape, result = ledger.of(a["self"]), list(out.shape), []
-    for old, new in _blocks([len(d) for d in x], shape):
+    for old, new in blocks([len(d) for d in x], shape):
         if len(old) == 1 and len(new) == 1:
             result.append(x[old[0]])
         elif new:
@@ -30,7 +30,7 @@ def view(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     return result
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of dimensions of both shapes that hold equally many elements, in order."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
@@ -90,7 +90,7 @@ def repeat(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
 def slice_(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
     """A range of one dimension."""
     x, dim = list(ledger.of(a["self"])), a["dim"] % a["self"].ndim
-    x[dim] = Dim(x[dim].labels[slice(a["start"], a["end"], a["step"])]) if len(x[dim]) != out.shape[dim] else x[dim]
+    x[dim] = x[dim].part(x[dim].labels[slice(a["start"], a["end"], a["step"])]) if len(x[dim]) != out.shape[dim] else x[dim]
     return x
 
 
@@ -100,7 +100,7 @@ def split(ledger: Ledger, a: Arguments, out: Sequence[Tensor]) -> Sequence[Dims]
     x, dim, results, start = list(ledger.of(a["self"])), a["dim"] % a["self"].ndim, [], 0
     for part in out:
         stop = start + part.shape[dim]
-        results.append([*x[:dim], Dim(x[dim].labels[start:stop]), *x[dim + 1 :]])
+        results.append([*x[:dim], x[dim].part(x[dim].labels[start:stop]), *x[dim + 1 :]])
         start = stop
     return results
 
@@ -151,11 +151,13 @@ def pad(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
 
 @rule("index", "index_select", "gather", "_unsafe_index")
 def index(ledger: Ledger, a: Arguments, out: Tensor) -> Dims:
-    """Indices chosen by data; the dimensions they are chosen from are fixed."""
+    """Indices chosen by data or by a mask; the dimensions they are chosen from are fixed."""
     x, where = ledger.of(a["self"]), a["indices"] if "indices" in a else a["index"]
     chosen = [n for n, i in enumerate(where) if i is not None] if isinstance(where, (list, tuple)) else [a["dim"] % len(x)]
-    together = chosen == list(range(chosen[0], chosen[-1] + 1))
-    if a["name"] == "gather" or not together or any(i.dtype == torch.bool for i in where if i is not None and i.ndim):
+    masks = [i for i in where if i is not None and i.ndim and i.dtype == torch.bool]
+    if len(masks) == len(chosen) == 1:
+        chosen = list(range(chosen[0], chosen[0] + masks.pop().ndim))
+    if a["name"] == "gather" or masks or chosen != list(range(chosen[0], chosen[-1] + 1)):
         return unknown(ledger, a, out)
     ledger.freeze([x[n] for n in chosen], f"indexed by data in {a['op']}")
     before, behind = x[: chosen[0]], x[chosen[-1] + 1 :]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labelling import Dim, Dims, Ledger, blank
+from ..labelling import Dims, Ledger
 
 Arguments = dict[str, Any]
 Labelled = Dims | Sequence[Dims]
@@ -43,22 +43,6 @@ def family(belongs: Callable[[Any, str], bool]) -> Callable[[Rule], Rule]:
     return enter
 
 
-def observe(ledger: Ledger, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-    """Let the rule of ``func`` label its result."""
-    results, name = tensors_in(result), name_of(func)
-    given = tensors_in([args, kwargs])
-    ledger.touch(given)
-    ledger.step(given, results, plain_sum=name == "add" and not kwargs and all(t.shape == results[0].shape for t in given))
-    ledger.decided_by_data |= name in DECIDING
-    if not results:
-        return
-    dims = _rule_of(func, name)(ledger, {**bound(func, args, kwargs), "op": str(func), "name": name}, result)
-    labelled: Sequence[Any] = [dims] if dims and isinstance(dims[0], Dim) else dims
-    for n, tensor in enumerate(results):
-        known = n < len(labelled) and len(labelled[n]) == tensor.ndim
-        ledger.put(tensor, labelled[n] if known else blank(tensor.shape))
-
-
 def unknown(ledger: Ledger, a: Arguments, out: Any) -> Dims:
     """No rule: everything the operator touches is frozen, with the operator's name as the reason."""
     for tensor in tensors_in(list(a.values())):
@@ -84,5 +68,6 @@ def name_of(func: Any) -> str:
     return name.rstrip("_") if not name.startswith("__") else name
 
 
-def _rule_of(func: Any, name: str) -> Rule:
+def rule_of(func: Any, name: str) -> Rule:
+    """The rule of an operator: its own, its family's, or :func:`unknown`."""
     return RULES.get(name) or next((r for belongs, r in FAMILIES if belongs(func, name)), unknown)
