@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from math import hypot
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from ..training.fitting import fit
 from . import quantizing as quantization
 from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
 from .planning import weighed
+from .ranking import described, fitted, predicted_by_implants, truncated
 from .searching import planned
 from .timetables import kept_promise
 
@@ -112,6 +114,7 @@ def _apply(desk: Desk, settings: Settings) -> None:
     points = [asdict(p) for p in _frontier(desk, model, plan, settings["seed"])]
     save(small, desk.path("pruned.safetensors"))
     facts = {**PRUNED, "form": made.form, "reason": made.reason, "validation": validation, "frontier": points}
+    facts["implants"] = list(described(desk.run, plan))
     write_text(desk.path("pruned.json"), dumps(facts))
 
 
@@ -127,18 +130,22 @@ def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[r
     batches = list(islice(desk.recipe.batches("calibration", seed=seed + 1), PROBED))
     before = _mean_loss(desk, model, batches)
     for n, step in enumerate(plans):
-        small = applied(model, step, *desk.recipe.inputs()).model
+        small = fitted(desk, applied(model, step, *desk.recipe.inputs()).model, step, TRIED, seed)
         if scores.method == reconstruction.__name__:
             small = _refitted(desk, reestimate(small, batches), step, TRIED, seed).model
-        rise, stderr = _predicted(scores, step)
+        rise, stderr = _predicted(desk, scores, step)
         desk.progress("plans measured", n + 1, len(plans))
         yield reports.Point(cost(step).params / whole, rise, stderr, _mean_loss(desk, small.eval(), batches) - before)
 
 
-def _predicted(scores: Scores, plan: Plan) -> tuple[float, float] | tuple[None, None]:
-    if scores.unit != LOSS_UNIT or plan.skip:  # branches are measured, with statistics that the pruned model has not yet
+def _predicted(desk: Desk, scores: Scores, plan: Plan) -> tuple[float, float] | tuple[None, None]:
+    implants = predicted_by_implants(desk.run, plan)
+    if (
+        scores.unit != LOSS_UNIT or plan.skip or implants is None
+    ):  # branches are measured, with statistics that the pruned model has not yet
         return None, None
-    return predicted_rise(scores, {g.name: lost(plan, g) for g in plan.structure.free})
+    rise, stderr = predicted_rise(scores, {g.name: lost(plan, g) for g in plan.structure.free})
+    return rise + implants[0], hypot(stderr, implants[1])
 
 
 def _mean_loss(desk: Desk, model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -148,14 +155,16 @@ def _mean_loss(desk: Desk, model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 def _repair(desk: Desk, settings: Settings) -> None:
-    """The pruned model refitted to the original, or, with no examples, as it was."""
-    recipe, small = desk.recipe, desk.compressed("pruned.safetensors")
+    """The pruned model with its implants fitted to data, and refitted to the original; with no examples, as it was."""
+    recipe, small, plan = desk.recipe, desk.compressed("pruned.safetensors"), desk.plan()
     facts: dict[str, Any] = {"validation": {}, "layers": [], "left": {}, "examples": 0, "bytes": 0}
     if settings["examples"]:
-        made = _refitted(desk, small, desk.plan(), settings["examples"], settings["seed"], partial(desk.progress, "layers"))
+        start = fitted(desk, small, plan, settings["examples"], settings["seed"])
+        metrics = {"implants fitted": recipe.metrics(start, "validation")} if plan.implants else {}
+        made = _refitted(desk, start, plan, settings["examples"], settings["seed"], partial(desk.progress, "layers"))
         small, layers = made.model, [asdict(layer) for layer in made.layers]
         desk.note("; ".join(f"{name} is left as it was: {why}" for name, why in made.left.items()))
-        metrics = {"repaired": recipe.metrics(small, "validation")}
+        metrics |= {"repaired": recipe.metrics(small, "validation")}
         facts = {"validation": metrics, "layers": layers, "left": made.left, "examples": made.examples, "bytes": made.bytes}
     save(small, desk.path("repaired.safetensors"))
     write_text(desk.path("repaired.json"), dumps({**REPAIRED, **facts}))
@@ -225,6 +234,7 @@ STAGES: Mapping[str, Stage] = {
     "score": _score,
     "plan": _plan,
     "weigh": weighed,
+    "truncate": truncated,
     "apply": _apply,
     "repair": _repair,
     "fit": _fit,

@@ -65,7 +65,7 @@ def _searched(
 
         def gentlest(structure: Structure, scores: Scores) -> Plan:
             times = _rest(table, structure) if table and skip else table
-            if settings.get("bits"):
+            if settings.get("bits") or settings.get("implants"):
                 return choose(joint_family(run, structure, scores, settings), budget, partial(cost, table=times)).plan
             return search(structure, scores, budget, table=times, **options)
 
