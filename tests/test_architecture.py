@@ -63,6 +63,7 @@ WITHOUT_TORCH = {
     "planner.joint",
     "planner.ladders",
     "planner.ranks",
+    "planner.rounds",
     "planner.sweep",
     "planner.tradeoffs",
 }
