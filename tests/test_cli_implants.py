@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import RESULTS, TINY, bytes_of, in_no_time, refused, typed
 
 from curvepress import report as reports
 from curvepress.commands import cli
 from curvepress.costs import cost
+from curvepress.implants import names
 from curvepress.plan import Plan
 from curvepress.runs.folder import FLOWS
 from curvepress.stages import pipeline
@@ -44,6 +46,9 @@ def test_the_plan_has_implants_within_the_budget_and_the_model_loads(first: Path
     plan, small = desk.plan(), desk.compressed("model.safetensors")
     assert plan.implants and sum(p.numel() for p in small.parameters()) == cost(plan).params
     assert cost(plan).params <= 0.2 * cost(Plan(plan.structure)).params
+    cut, repaired = (desk.compressed(f"{name}.safetensors").state_dict() for name in ("pruned", "repaired"))
+    inner = [names(n, i)[0] for n, i in plan.implants.items()]  # which the repair leaves alone
+    assert inner and not any(torch.equal(cut[n], repaired[n]) for n in inner)
     assert (first / "model.onnx").exists() and (first / "rank_prices.json").exists()
 
 

@@ -56,6 +56,13 @@ def with_ranks(problem: Problem, count: int = 8) -> list[State]:
     return [replace(s, ranks=np.array(r)) for s, r in zip(states(problem, count - 1), drawn, strict=True)]
 
 
+def lowest(problem: Problem) -> State:
+    """Every width one step down, fewest bits, and the lowest rank of every weight."""
+    narrow = np.array([min(1, len(w.widths) - 1) for w in problem.ladders], dtype=np.int64)
+    columns = [[np.flatnonzero(np.isfinite(row))[-1] for row in o.rise] for o in (problem.weights, problem.activations, problem.ranks)]
+    return State(narrow, *(np.array(c, dtype=np.int64) for c in columns))
+
+
 @pytest.mark.parametrize("bits", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_costs_in_arrays_are_those_of_the_plan(name: str, bits: bool) -> None:
@@ -74,7 +81,8 @@ def test_costs_in_arrays_are_those_of_the_plan(name: str, bits: bool) -> None:
 def test_bits_of_a_plan_with_implants_are_for_the_model_that_comes_of_it(name: str, tmp_path: Path) -> None:
     model, x, structure, scores, prices, wired = given(name)
     problem = joint_problem(structure, scores, prices, wired, bits=BITS, ranks=drawn_ranks(model, structure))
-    plan = next(p for s in with_ranks(problem) if (p := problem.plan(s)).implants and p.keep)
+    plan = problem.plan(lowest(problem))
+    assert len(plan.implants) > 1 and plan.keep
     small = apply(model, plan, x)
     bare = Plan(structure, implants=plan.implants)
     assert plan.bits is not None and plan.bits.wiring == wiring(apply(model, bare, x), after(bare), x)
@@ -147,10 +155,10 @@ def test_around_branches_that_are_left_out_implants_stay() -> None:
 
     def all_implants(short: object, own: object) -> Plan:
         problem = joint_problem(short, own, ranks=state)  # type: ignore[arg-type]
-        return problem.plan(with_ranks(problem, 2)[0])
+        return problem.plan(replace(problem.full(), ranks=lowest(problem).ranks))
 
     plan = around(structure, scores, skip, all_implants)  # type: ignore[arg-type]
-    assert plan.implants.keys() <= state.keys() and plan.skip == tuple(skip)
+    assert plan.implants and plan.implants.keys() <= state.keys() and plan.skip == tuple(skip)
 
 
 def test_what_cannot_be_weighed_is_refused() -> None:

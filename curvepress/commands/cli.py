@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from ..planner.channels import PER
 from ..repairing.sequential import EXAMPLES
 from ..runs.artifacts import load_structure, read_json
 from ..runs.desk import Desk
-from ..runs.folder import FLOWS, PLAN, QUANTIZATION, open_run, require
+from ..runs.folder import PLAN, QUANTIZATION, open_run, require
 from ..runs.recipe import load_recipe
 from ..runs.recipe_files import shipped
 from ..runs.settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, method_of, quantized_tuning, timing, tuning
@@ -30,14 +29,12 @@ from ..stages.pipeline import assist, costs
 from ..stages.planning import drawn_frontier, picked
 from ..stages.quantizing import QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
-from ..stages.searching import check_budget
+from ..stages.rounds import earlier_rounds, round_count, through
 from ..stages.sessions import (
     BATCHES,
     continued,
     done,
-    estimate,
     kept,
-    noted,
     pairs_of,
     quantized_as_planned,
     source_of,
@@ -151,8 +148,8 @@ def compress(
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
-    implants: options.Implants = False, exchanged: options.Exchanged = None, price_examples: options.PlanExamples = 512,
-    repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
+    implants: options.Implants = False, exchanged: options.Exchanged = None, rounds: options.Rounds = 1,
+    price_examples: options.PlanExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
     again: Again = False,
@@ -162,6 +159,7 @@ def compress(
     budget = {**limits(params, bytes, macs, bops=bops, latency=latency), **timing(latency, runtime, batch, threads)}
     chosen, low = bit_ranges(bits, activation_bits), rank_choice(implants, latency, per)
     rates = exchange(exchanged or [], {**chosen, **low})
+    rounds = round_count(rounds, latency, bits=bits, implants=implants, branches=branches)
     task = load_recipe(recipe, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
@@ -174,8 +172,8 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common},
-        "truncate": {"examples": price_examples, "temperature": temperature, **common},
+        **({"weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common}} if chosen else {}),
+        **({"truncate": {"examples": price_examples, "temperature": temperature, **common}} if low else {}),
         "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **low, **rates},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
@@ -185,13 +183,8 @@ def compress(
     }
     torch.set_num_threads(threads)
     with started(out, task) as run:
-        for stage in FLOWS:
-            if stage == "score":
-                run = kept(run, task, "weigh", settings["weigh"], again=again) if chosen else run
-                run = kept(run, task, "truncate", settings["truncate"], again=again) if low else run
-                check_budget(Desk(run, task, note=partial(noted, "plan")), settings["plan"])
-                estimate(run, task, settings)
-            run = kept(run, task, stage, settings[stage], again=again)
+        before = earlier_rounds(out, task, settings, rounds, again=again)
+        run = through(run, task, settings, again=again, before=before)
         show_report(read_report(run), out / "report.html")
         if chosen:
             quantized_as_planned(run, task, {**settings["fit"], **gently(settings["fit"]), "epochs": qat_epochs}, settings, again=again)

@@ -44,6 +44,7 @@ PlanExamples = Annotated[int, _in(BUDGET, "with --bits or --implants: examples t
 Implants = Annotated[
     bool, _in(BUDGET, "let weights be replaced by two of low rank, where that costs less than channels do; needs no bits", "--implants")
 ]
+Rounds = Annotated[int, _in(BUDGET, "cut, repair and fine-tune so many times, each time scoring what is left anew; channels alone", min=1)]
 Exchanged = Annotated[
     list[str] | None,
     _in(
