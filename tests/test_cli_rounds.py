@@ -98,6 +98,11 @@ def interrupted_after(times: int, work):
     return once
 
 
+@pytest.mark.parametrize("stage", ["score", "apply", "repair"])
+def test_what_begins_at_the_round_before_is_no_command_of_its_own(first: Path, stage: str):
+    assert f"in which `{stage}` begins at the round before" in refused(stage, first)
+
+
 def test_one_round_is_no_rounds_and_others_than_channels_are_refused(first: Path, tmp_path: Path):
     task, out = first.parent / "task.py", ("--out", tmp_path / "run")
     for more in (("--bits", "4"), ("--implants",), ("--branches", "1"), ("--latency", "50%")):

@@ -58,6 +58,8 @@ def earlier_rounds(folder: Path, task: Recipe, settings: Mapping[str, Settings],
         with started(folder / "rounds" / str(n), task) as run:
             own = {**settings, "plan": {**settings["plan"], "part": n / count}}
             before = Desk(through(run, task, own, again=again, before=before, stages=EARLIER), task)
+    if before is not None:
+        say(f"round {count} of {count}")
     return before
 
 
