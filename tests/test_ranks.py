@@ -194,3 +194,14 @@ def test_a_weight_that_is_read_twice_stays_whole() -> None:
     assert "shared.weight" in ranks
     assert "shared.weight" not in joint_problem(structure, scores, prices, wired, bits=BITS, ranks=ranks).ranks.names
     assert "shared.weight" in joint_problem(structure, scores, ranks=ranks).ranks.names
+
+
+def test_both_parts_of_an_implant_are_rounded_and_each_is_charged_for() -> None:
+    _, _, structure, scores, prices, wired = given("chain")
+    low = drawn_ranks(given("chain")[0], structure)
+    problem = joint_problem(structure, scores, prices, wired, bits=BITS, ranks=low)
+    state = replace(lowest(problem), rungs=problem.full().rungs)
+    implants, rise = problem.plan(state).implants, 0.0
+    for row, name in enumerate(problem.weights.names):
+        rise += problem.weights.rise[row, state.weights[row]] * (2 if name in implants else 1)
+    assert implants and problem.rises(state)[1] == pytest.approx(rise)
