@@ -12,8 +12,10 @@ from test_cli import TINY, bytes_of, in_no_time, refused, typed
 from curvepress import report as reports
 from curvepress.commands import cli
 from curvepress.costs import cost
-from curvepress.plan import Plan, kept
+from curvepress.plan import Plan, kept, lost
 from curvepress.planner.rounds import remainder
+from curvepress.repairing.sequential import repair
+from curvepress.runs.artifacts import load_scores
 from curvepress.runs.folder import FLOWS
 from curvepress.stages import pipeline
 from curvepress.surgery.cutting import apply
@@ -59,13 +61,24 @@ def test_each_round_cuts_further_under_budgets_in_equal_ratios(first: Path):
 def test_a_round_begins_at_what_the_one_before_has_recovered(first: Path):
     before, now = desks(first)[1:]
     start, example = before.compressed("model.safetensors"), now.recipe.inputs()[0]
-    wanted = apply(start, remainder(before.plan(), now.plan()), example)
-    torch.testing.assert_close(now.compressed("pruned.safetensors")(example), wanted(example))
+    second = remainder(before.plan(), now.plan())
+    torch.testing.assert_close(now.compressed("pruned.safetensors")(example), apply(start, second, example)(example))
+    again = repair(now.compressed("pruned.safetensors"), start, now.recipe.batches("calibration", seed=0), second).model
+    torch.testing.assert_close(now.compressed("repaired.safetensors")(example), again(example))
     found = cli.read_report(cli.open_run(first))
     assert found.metrics["round before"] == json.loads((first / "rounds/2/history.json").read_text())["validation"]
     gone = {g.name: sorted({*kept(before.plan(), g).tolist()} - {*kept(now.plan(), g).tolist()}) for g in now.plan().structure.free}
     predicted = sum(found.scores.values[g][c].sum() for g, c in gone.items())
     assert found.frontier[-1].predicted == pytest.approx(predicted) and len(found.frontier) == 1
+
+
+def test_what_is_left_is_scored_anew_and_what_went_keeps_its_score(first: Path):
+    before, now = desks(first)[1:]
+    old, new = load_scores(before.run.folder), load_scores(now.run.folder)
+    for group in before.plan().structure.free:
+        stays, went = kept(before.plan(), group), lost(before.plan(), group)
+        assert (old.values[group.name][went] == new.values[group.name][went]).all()
+        assert (old.values[group.name][stays] != new.values[group.name][stays]).all()
 
 
 def test_the_same_command_keeps_everything_and_an_interrupted_one_goes_on(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
