@@ -9,8 +9,9 @@ the fine-tune of ``benchmarks.cifar10``.  Pruning takes the price after repair a
 share of the channels that would go, the most valuable of them, 1x1 filters instead (its released code cuts the most sensitive layers to
 a twentieth; this does not); here only where their order is free, that is inside the blocks and in the first stage.  Low-rank implants have
 the ranks with the lowest predicted rise within the budget, chosen once by prices along the residual; the three kinds differ in the values
-alone.  ``pruned, then low rank`` prunes half of the way, then gives the rest of the budget to ranks.  Needs the data of the
-recipe ``cifar10`` (``CURVEPRESS_DATA``).
+alone.  ``pruned, then low rank`` prunes half of the way, then gives the rest of the budget to ranks; ``planned together`` is the joint
+planner's choice of channels and ranks, as ``curvepress compress --implants`` makes it.  Needs the data of the recipe ``cifar10``
+(``CURVEPRESS_DATA``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from curvepress.implants import Implant, RankPrice, full_rank, low_rank_sizes
 from curvepress.objective import Batches
 from curvepress.plan import Plan, lost, tensors_after
 from curvepress.planner.channels import at_most, search
+from curvepress.planner.joint import NO_WIRING, search_jointly
 from curvepress.repairing.refitting import fit_implants, implant_prices
 from curvepress.repairing.sequential import repair
 from curvepress.scores import Scores, score
@@ -54,8 +56,15 @@ KINDS = (
     "low rank, data",
     "low rank, data and curvature",
     "pruned, then low rank, data and curvature",
+    "planned together, data and curvature",
 )
-TUNED = ("pruned", "pointwise, 10% of the lost, least squares", "low rank, data and curvature", "pruned, then low rank, data and curvature")
+TUNED = (
+    "pruned",
+    "pointwise, 10% of the lost, least squares",
+    "low rank, data and curvature",
+    "pruned, then low rank, data and curvature",
+    *KINDS[-1:],
+)
 SAMPLES, EXAMPLES = 8, 1024
 
 
@@ -99,6 +108,8 @@ def plan_of(share: float, kind: str) -> Plan:
     if name == "pointwise":
         returned = float(how.partition("%")[0]) / 100
         return _within(share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s)), scores, returned))
+    if name == "planned together":
+        return search_jointly(structure, scores, None, NO_WIRING, at_most(params=share), ranks=prices()).plan
     if name == "low rank":
         return ranked(share, Plan(structure), prices())
     plan = search(structure, scores, at_most(params=(1 + share) / 2 if how else share))

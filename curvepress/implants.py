@@ -39,6 +39,12 @@ def names(weight: str, implant: Implant) -> tuple[str, str]:
     return f"{stem}{parts[0]}.weight", f"{stem}{parts[1]}.weight"
 
 
+def parts(weight: str, implant: Implant) -> tuple[str, ...]:
+    """Names of all tensors that may take the place of ``weight`` and its bias."""
+    both = names(weight, implant)
+    return (*both, *map(bias_of, both))
+
+
 def bias_of(weight: str) -> str:
     """The name that the bias of the same layer has, if there is one."""
     return weight.removesuffix("weight") + "bias"

@@ -49,7 +49,7 @@ class Plan:
         if unknown := [name for name in self.skip if name not in branches]:
             raise ValueError(f"skip: no branch {unknown[0]!r}; the branches are {', '.join(branches) or 'none'}")
         if self.bits is not None:
-            check_bits(self.bits, self.structure.tensors)
+            check_bits(self.bits, {*self.structure.tensors, *(part for n, i in self.implants.items() for part in implanting.parts(n, i))})
         object.__setattr__(self, "keep", {n: tuple(sorted(c)) for n, c in self.keep.items() if len(c) < names[n].size})
         object.__setattr__(self, "skip", tuple(name for name in branches if name in self.skip))
         if lost_with := sorted(set(self.implants) & dropped(self)):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from curvepress.bitplan import Wiring
+from curvepress.implants import RankPrice, ranks, replaceable
 from curvepress.planner.wiring import wiring
 from curvepress.quantization.bitwidths import BitPrices, Price, layout_of
 from curvepress.scores import LOSS_UNIT, Scores
 from curvepress.structure import Structure
+from curvepress.surgery.layers import refusal
 from curvepress.tracing.watching import trace
 
 WIDTHS = (2, 3, 4, 8)
@@ -120,3 +122,13 @@ def everything(model: nn.Module, example: Tensor, seed: int = 0) -> tuple[Struct
     """Structure, scores, prices and wiring."""
     structure = trace(model, example)
     return structure, drawn_scores(structure, seed), drawn_prices(model, example, seed), wiring(model, structure, example)
+
+
+def drawn_ranks(model: nn.Module, structure: Structure, seed: int = 0) -> dict[str, dict[int, RankPrice]]:
+    """Prices of implants, that fall with the rank, for every weight that can have one."""
+    rng, found = np.random.default_rng(seed + 3), {}
+    for name, spec in structure.tensors.items():
+        if replaceable(structure, name) and not refusal(model.get_submodule(name.removesuffix(".weight"))):
+            scale = 10 ** rng.uniform(-3, -1)
+            found[name] = {r: RankPrice(scale / r**2, scale / 10, 0, 0) for r in ranks(spec.shape)}
+    return found

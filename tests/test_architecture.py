@@ -28,7 +28,7 @@ TABLE = {
     "quantization": "objective files solver bitplan curvature tracing",
     "export": "objective quantization",
     "report": "structure plan costs scores",
-    "planner": "objective structure plan costs latency bitplan solver tracing surgery scores training quantization",
+    "planner": "objective structure implants plan costs latency bitplan solver tracing surgery scores training quantization",
     "repairing": "objective structure plan implants curvature tracing surgery quantization",
     "stopwatch": "files structure plan costs latency tracing export planner",
     "runs": "objective files metering structure plan curvature tracing surgery scores training planner stopwatch",
@@ -62,6 +62,8 @@ WITHOUT_TORCH = {
     "planner.exactly",
     "planner.joint",
     "planner.ladders",
+    "planner.ranks",
+    "planner.rounds",
     "planner.sweep",
     "planner.tradeoffs",
 }

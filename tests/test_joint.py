@@ -200,7 +200,9 @@ def test_with_all_channels_held_only_bits_are_chosen() -> None:
 
 def test_rates_of_exchange_are_measured_over_predicted() -> None:
     probes = [Probe("channels", 2.0, 0.1), Probe("channels", 4.0, 0.2), Probe("weights", 1.0, -0.5)]
-    assert vars(exchange_rates(probes)) == pytest.approx({"channels": 0.05, "weights": 1e-3, "activations": 1.0, "branches": 1.0})
+    assert vars(exchange_rates(probes)) == pytest.approx(
+        {"channels": 0.05, "weights": 1e-3, "activations": 1.0, "branches": 1.0, "implants": 1.0}
+    )
     with pytest.raises(ValueError, match="probes of 'heads' are unknown"):
         exchange_rates([Probe("heads", 1.0, 1.0)])
     with pytest.raises(ValueError, match="predict a rise of 0"):

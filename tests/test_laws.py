@@ -16,6 +16,8 @@ from zoo import ZOO, Case, make
 from curvepress.costs import cost
 from curvepress.plan import Plan, after, from_json, kept, lost, to_json
 from curvepress.planner.channels import at_most, search
+from curvepress.planner.rounds import composed, remainder
+from curvepress.runs.artifacts import fill
 from curvepress.scores import Scores, predicted_rise
 from curvepress.structure import Structure
 from curvepress.surgery.cutting import apply
@@ -104,6 +106,10 @@ def test_law_7_rounds_compose(case: Cut, small: torch.nn.Module) -> None:
                 keep[group.name] = tuple(kept(case.plan, group)[kept(second, later)].tolist())
     at_once = apply(case.model, Plan(case.structure, keep), *case.example)
     torch.testing.assert_close(smaller(*case.example), at_once(*case.example), rtol=1e-8, atol=1e-9)
+    assert composed(case.plan, second) == Plan(case.structure, keep)
+    assert remainder(case.plan, composed(case.plan, second)) == second
+    filled = fill(apply(copy.deepcopy(case.model), composed(case.plan, second), *case.example), smaller)
+    assert torch.equal(filled(*case.example), smaller(*case.example))
 
 
 def test_law_8_json_round_trip(case: Cut) -> None:

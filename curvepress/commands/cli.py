@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from ..planner.channels import PER
 from ..repairing.sequential import EXAMPLES
 from ..runs.artifacts import load_structure, read_json
 from ..runs.desk import Desk
-from ..runs.folder import FLOWS, PLAN, QUANTIZATION, open_run, require
+from ..runs.folder import PLAN, QUANTIZATION, open_run, require
 from ..runs.recipe import load_recipe
 from ..runs.recipe_files import shipped
 from ..runs.settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, method_of, quantized_tuning, timing, tuning
@@ -29,14 +28,13 @@ from ..stages.findings import read_report
 from ..stages.pipeline import assist, costs
 from ..stages.planning import drawn_frontier, picked
 from ..stages.quantizing import QUANTIZED, check_choice, check_exports
-from ..stages.searching import check_budget
+from ..stages.ranking import rank_choice
+from ..stages.rounds import earlier_rounds, round_count, through
 from ..stages.sessions import (
     BATCHES,
     continued,
     done,
-    estimate,
     kept,
-    noted,
     pairs_of,
     quantized_as_planned,
     source_of,
@@ -113,7 +111,6 @@ PlanBits = Annotated[
     str | None, typer.Option(help="bits that weights may have, such as 2-8: channels and bits in one plan", rich_help_panel=BUDGET)
 ]
 PlanActivations = Annotated[str | None, typer.Option(help="with --bits: those that activations may have, else 8", rich_help_panel=BUDGET)]
-PriceExamples = Annotated[int, typer.Option(help="with --bits: examples their prices are averaged over", min=2, rich_help_panel=BUDGET)]
 QatEpochs = Annotated[int, typer.Option(help="with --bits: epochs of training quantized", min=0, rich_help_panel=RECOVERY)]
 Multiple = Annotated[int, typer.Option(min=1, help="hold widths to multiples of this", rich_help_panel=BUDGET)]
 Branches = Annotated[str, typer.Option(help=options.BRANCHES, rich_help_panel=BUDGET)]
@@ -151,8 +148,8 @@ def compress(
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
-    exchanged: options.Exchanged = None, price_examples: PriceExamples = 512,
-    repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
+    implants: options.Implants = False, exchanged: options.Exchanged = None, rounds: options.Rounds = 1,
+    price_examples: options.PlanExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
     again: Again = False,
@@ -160,8 +157,9 @@ def compress(
     """The main job: trace, score, plan, apply, repair, fit, export and report; with --bits the result is quantized too.  Interrupted,
     the same command goes on."""
     budget = {**limits(params, bytes, macs, bops=bops, latency=latency), **timing(latency, runtime, batch, threads)}
-    chosen = bit_ranges(bits, activation_bits)
-    rates = exchange(exchanged or [], chosen)
+    chosen, low = bit_ranges(bits, activation_bits), rank_choice(implants, latency, per)
+    rates = exchange(exchanged or [], {**chosen, **low})
+    rounds = round_count(rounds, latency, bits=bits, implants=implants, branches=branches)
     task = load_recipe(recipe, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
@@ -174,8 +172,9 @@ def compress(
     settings: dict[str, dict[str, Any]] = {
         "trace": {"threads": threads},
         "score": {**scoring, **common},
-        "weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common},
-        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **rates},
+        **({"weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common}} if chosen else {}),
+        **({"truncate": {"examples": price_examples, "temperature": temperature, **common}} if low else {}),
+        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **low, **rates},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -184,12 +183,8 @@ def compress(
     }
     torch.set_num_threads(threads)
     with started(out, task) as run:
-        for stage in FLOWS:
-            if stage == "score":
-                run = kept(run, task, "weigh", settings["weigh"], again=again) if chosen else run
-                check_budget(Desk(run, task, note=partial(noted, "plan")), settings["plan"])
-                estimate(run, task, settings)
-            run = kept(run, task, stage, settings[stage], again=again)
+        before = earlier_rounds(out, task, settings, rounds, again=again)
+        run = through(run, task, settings, again=again, before=before)
         show_report(read_report(run), out / "report.html")
         if chosen:
             quantized_as_planned(run, task, {**settings["fit"], **gently(settings["fit"]), "epochs": qat_epochs}, settings, again=again)
@@ -234,12 +229,13 @@ def score(
 def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
     latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1, per: Per = None, multiple: Multiple = 1,
-    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0", threads: Threads = 1,
+    floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
+    implants: options.Implants = False, threads: Threads = 1,
 ) -> None:  # fmt: skip
-    """Decide which channels stay; the result, plan.json, may be read and edited."""
+    """Decide which channels stay, and with --implants ranks; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
     settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
-                "branches": branch_count(branches, {})}  # fmt: skip
+                "branches": branch_count(branches, {}), **rank_choice(implants, latency, per)}  # fmt: skip
     with continued(folder) as (run, task):
         run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))
@@ -302,14 +298,16 @@ def frontier(
     measure: Annotated[bool, typer.Option("--measure", help="measure them on the validation split, without training")] = False,
     pick: Annotated[int | None, typer.Option(help="write the plan of this point to plan.json")] = None,
     whole: Annotated[list[str] | None, typer.Option(help="groups not to cut, by kind or name; * for all: bits alone")] = None, *,
-    multiple: Multiple = 1, floor: Floor = 0.05, price_examples: PriceExamples = 512, samples: Samples = 32, option: Options = None,
-    data: Data = None, seed: Seed = 0, threads: Threads = 1,
+    implants: options.Implants = False, multiple: Multiple = 1, floor: Floor = 0.05, price_examples: options.PlanExamples = 512,
+    samples: Samples = 32, option: Options = None, data: Data = None, seed: Seed = 0, threads: Threads = 1,
 ) -> None:  # fmt: skip
-    """What every size costs: widths and bits along the frontier of bytes and predicted rise of the loss; a point can be picked."""
+    """What every size costs: widths, bits and ranks along the frontier of bytes and predicted rise of the loss; a point can be picked."""
     torch.set_num_threads(threads)
-    settings = {**bit_ranges(bits, activation_bits), "multiple": multiple, "floor": floor, "whole": whole or [], "seed": seed}
-    with with_scores(source, out, pairs_of(option, data), {"samples": samples, "seed": seed, "threads": threads}) as (run, task):
-        run = kept(run, task, "weigh", {"examples": price_examples, "seed": seed, "threads": threads}, again=True)
+    shape, common = {"multiple": multiple, "floor": floor, "whole": whole or []}, {"seed": seed, "threads": threads}
+    settings = {**bit_ranges(bits, activation_bits), **rank_choice(implants, None, None), **shape, "seed": seed}
+    with with_scores(source, out, pairs_of(option, data), {"samples": samples, **common}) as (run, task):
+        run = kept(run, task, "weigh", {"examples": price_examples, **common}, again=True)
+        run = kept(run, task, "truncate", {"examples": price_examples, "temperature": 1.0, **common}, again=True) if implants else run
         with bars("frontier") as show:
             choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
         show_frontier(found["points"], found["original"], run.folder)

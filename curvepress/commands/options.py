@@ -40,9 +40,18 @@ def _in(panel: str, what: str, *names: str, **more: Any) -> Any:
 Whole = Annotated[list[str] | None, _in(BUDGET, "kind or name of groups that stay whole, such as embedding; may be repeated")]
 Aligned = Annotated[bool, _in(BUDGET, "hold the query-key and the value width of an attention block equal", "--aligned")]
 
+PlanExamples = Annotated[int, _in(BUDGET, "with --bits or --implants: examples their prices are averaged over", min=2)]
+Implants = Annotated[
+    bool, _in(BUDGET, "let weights be replaced by two of low rank, where that costs less than channels do; needs no bits", "--implants")
+]
+Rounds = Annotated[int, _in(BUDGET, "cut, repair and fine-tune so many times, each time scoring what is left anew; channels alone", min=1)]
 Exchanged = Annotated[
     list[str] | None,
-    _in(BUDGET, "with --bits: the share of a kind's predicted rises that outlasts recovery, such as channels=0.1; repeated", "--exchange"),
+    _in(
+        BUDGET,
+        "with --bits or --implants: the share of a kind's predicted rises that outlasts recovery, such as channels=0.1; repeated",
+        "--exchange",
+    ),
 ]
 
 Source = Annotated[str, typer.Argument(help="a recipe, or the folder of a run, whose compressed model is taken")]

@@ -89,7 +89,7 @@ def around(structure: Structure, scores: Scores, skip: Sequence[str], choose: Ca
     names = {g.name: owner[_place(g, g.members[0])] for g in short.groups}
     values, stderr = ({new: part[old] for new, old in names.items() if old in part} for part in (scores.values, scores.stderr))
     plan = choose(short, replace(scores, values=values, stderr=stderr))
-    return Plan(structure, {names[g]: channels for g, channels in plan.keep.items()}, tuple(skip), bits=plan.bits)
+    return Plan(structure, {names[g]: channels for g, channels in plan.keep.items()}, tuple(skip), plan.implants, plan.bits)
 
 
 def _place(group: Group, member: Member) -> tuple[str, int, int]:

@@ -44,11 +44,13 @@ def exact(problem: Problem, limits: Mapping[str, float], seconds: float = 60.0) 
     """The choice of least predicted rise within absolute limits of some costs.
 
     Every tensor has a variable for each combination of the widths and bits that decide its size, so the program is linear though sizes
-    are products.  Bits of activations must leave no choice.
+    are products.  Bits of activations must leave no choice, and weights can have no implants.
 
     Raises:
-        ValueError: if the problem is too large, leaves a choice of activations, or nothing fits.
+        ValueError: if the problem is too large, leaves a choice of activations or of ranks, or nothing fits.
     """
+    if problem.ranks.names:
+        raise ValueError("the exact plan does not choose ranks of implants; make the problem without them")
     if problem.activations.names and np.isfinite(problem.activations.rise).sum() > len(problem.activations.names):
         raise ValueError("the exact plan takes one number of bits for all activations; allow one, such as 8")
     blocks = list(_blocks(problem))

@@ -1,4 +1,4 @@
-"""One plan for widths, bits and residual branches together, all priced as predicted rise of the loss, under any budgets at once."""
+"""One plan for widths, bits, branches and ranks of implants, all priced as predicted rise of the loss, under any budgets at once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from ..structure import Structure
 from .alignment import Shape
 from .channels import AtMost, Budget, unreachable
 from .ladders import branch_ladders, ladders
+from .ranks import WHOLE, RankPrices, rank_choices
 from .sweep import POINTS, Moves, sweep
 from .tradeoffs import COSTS, Problem, State, options, problem
 
-WIDTHS = Shape()
-"""Any widths."""
+WIDTHS, NO_WIRING = Shape(), Wiring()
+"""Any widths; a model of which nothing is quantized."""
 MIXES = 4
 """Steps in which the weights of several costs are tried."""
 
@@ -37,6 +38,7 @@ class Exchange:
     weights: float = 1.0
     activations: float = 1.0
     branches: float = 1.0
+    implants: float = 1.0
 
     def __post_init__(self) -> None:
         for kind, rate in vars(self).items():
@@ -52,12 +54,13 @@ class Prediction:
     weights: float
     activations: float
     branches: float
+    implants: float
     stderr: float
 
     @property
     def rise(self) -> float:
         """The sum of the parts."""
-        return self.channels + self.weights + self.activations + self.branches
+        return self.channels + self.weights + self.activations + self.branches + self.implants
 
 
 @dataclass(frozen=True)
@@ -80,37 +83,44 @@ class Bitwidths:
 def joint_problem(
     structure: Structure,
     scores: Scores,
-    prices: BitPrices,
-    wiring: Wiring,
+    prices: BitPrices | None = None,
+    wiring: Wiring = NO_WIRING,
     *,
     bits: Bitwidths = Bitwidths(),
     shape: Shape = WIDTHS,
     exchange: Exchange = Exchange(),
     branches: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    ranks: RankPrices = MappingProxyType({}),
 ) -> Problem:
-    """All choices of widths, bits and residual branches, with prices and costs.
+    """All choices of widths, bits, residual branches and ranks of implants, with prices and costs.
 
     Args:
         scores: of channels; in units of the loss.
-        prices: of bits, of the same model.
+        prices: of bits, of the same model, and ``wiring`` of it; without them everything stays in float.
         bits: those that may be chosen, where there are prices; what has none stays in float.
         shape: the widths that may be chosen.
         branches: those that may be left out, each with the rise of the loss without it and its standard error.
+        ranks: of the implants that weights may have, with prices.
 
     Raises:
         ValueError: if scores are in another unit, a price is missing or not finite, or an option is out of range.
     """
     if scores.unit != LOSS_UNIT:
         raise ValueError(
-            f"scores by {scores.method!r} only rank channels and cannot be weighed against bits; make others with "
+            f"scores by {scores.method!r} only rank channels and cannot be weighed against bits or ranks; make others with "
             "`curvepress score --method mask_curvature`"
         )
+    own = [*ladders(structure, scores, shape, exchange.channels), *branch_ladders(structure, branches, exchange.branches)]
+    low = options(*rank_choices(ranks, wiring, exchange.implants), WHOLE)
+    if prices is None:
+        return problem(structure, own, options({}, {}), options({}, {}), wiring, low)
     return problem(
         structure,
-        [*ladders(structure, scores, shape, exchange.channels), *branch_ladders(structure, branches, exchange.branches)],
+        own,
         options(_checked(prices.weights, "weight", exchange.weights), _of_weights(prices, bits)),
         options(_with_idle(_checked(prices.sites, "activation", exchange.activations)), _of_activations(prices, bits)),
         wiring,
+        low,
     )
 
 
@@ -168,15 +178,17 @@ class Family:
     def choice(self, candidate: int, measure: Callable[[Plan], Cost] = cost) -> Choice:
         """A candidate with its exact cost."""
         plan = self.problem.plan(self.state(candidate))
-        *parts, variance = self.rises[candidate].tolist()
-        return Choice(plan, measure(plan), Prediction(parts[0], parts[1], parts[2], parts[3], variance**0.5))
+        channels, weights, activations, branches, implants, variance = self.rises[candidate].tolist()
+        return Choice(plan, measure(plan), Prediction(channels, weights, activations, branches, implants, variance**0.5))
 
 
 def family(problem: Problem, costs: Collection[str] = ("bytes",)) -> Family:
-    """Candidates for budgets of these costs: sweeps in which they count by themselves and in even mixtures."""
+    """Candidates for budgets of these costs: sweeps in which they count by themselves and in even mixtures.  Where weights may have
+    implants, those without any are candidates too, so that to allow them never predicts a larger rise."""
     whole = _whole(problem)
-    lines = [sweep(problem, np.array([mix.get(c, 0.0) / max(getattr(whole, c), 1) for c in COSTS])) for mix in _mixes(costs)]
-    stops = [_stops(len(m.kind), max(POINTS // len(lines), 100)) for m in lines]
+    mixes = [np.array([mix.get(c, 0.0) / max(getattr(whole, c), 1) for c in COSTS]) for mix in _mixes(costs)]
+    lines = [sweep(problem, mix, whole=bare) for bare in ((False, True) if problem.ranks.names else (False,)) for mix in mixes]
+    stops = [_stops(len(m.kind), max(POINTS // len(mixes), 100)) for m in lines]
     found = [(problem.costs(s), problem.rises(s)) for m, stop in zip(lines, stops, strict=True) for s in m.states(problem.full(), stop)]
     line = np.repeat(np.arange(len(lines)), [len(s) for s in stops])
     return Family(problem, tuple(lines), line, np.concatenate(stops), *(np.array(column) for column in zip(*found, strict=True)))
@@ -213,7 +225,9 @@ def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cos
         if budget((found := family.choice(n, measure)).cost, whole):
             return found
     smallest = measure(family.problem.plan(family.state(int(np.argmin(family.costs.sum(axis=1))))))
-    raise ValueError(unreachable(smallest, whole, budget, "lower the floor or the multiple, or allow fewer bits", by="widths and bits"))
+    kinds = [k for k, o in (("bits", family.problem.weights), ("ranks", family.problem.ranks)) if o.names]
+    way_out = f"lower the floor or the multiple{', or allow fewer bits' if 'bits' in kinds else ''}"
+    raise ValueError(unreachable(smallest, whole, budget, way_out, by=" and ".join(["widths", *kinds])))
 
 
 def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:
@@ -223,8 +237,11 @@ def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:
     return budget(Cost(**known), whole)
 
 
-def search_jointly(structure: Structure, scores: Scores, prices: BitPrices, wiring: Wiring, budget: Budget, **options: Any) -> Choice:
-    """The gentlest plan of widths and bits that fits the budget; ``options`` are those of :func:`joint_problem`.
+def search_jointly(
+    structure: Structure, scores: Scores, prices: BitPrices | None, wiring: Wiring, budget: Budget, **options: Any
+) -> Choice:
+    """The gentlest plan that fits the budget; ``options`` are those of :func:`joint_problem`.  Without ``prices`` it is one of widths, and,
+    where ``ranks`` are given, of implants, in float.
 
     Raises:
         ValueError: as that and :func:`choose` do.

@@ -1,23 +1,28 @@
-"""Widths and bits as one problem in arrays: what every choice costs and is predicted to do to the loss, and the slopes of both.
+"""Widths, bits and ranks as one problem in arrays: what every choice costs and is predicted to do to the loss, and the slopes of both.
 
 A tensor has as many elements as the product of its lengths, and a length is a sum over the groups that share it (or, where two
 groups cross, as heads and their widths do, a product).  So the saving of a channel follows from all other widths and from the bits of
 the tensors it lives in, and all of that is a few sums over one flat list of members.
+
+A weight that may have an implant of low rank has two more tensors, there as often as the rank is high: ``down``, with the inputs of a
+filter, and ``up``, with the outputs.  They take the weight's place where they have fewer elements than what is left of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
 from ..bitplan import FLOAT, READ, SCALE, ZERO_POINT, BitPlan, Wiring
 from ..costs import ITEM_BYTES, STORED
+from ..implants import Implant
 from ..plan import Plan
 from ..structure import Structure
 from .ladders import Ladder
+from .ranks import bits_with
 
 COSTS = ("params", "bytes", "macs", "bops")
 """The costs of a problem, in the order of its arrays."""
@@ -27,16 +32,19 @@ Table = Mapping[str, Mapping[int, tuple[float, float]]]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A choice: the rung of every ladder, and the column of bits of every weight and activation.  Integer arrays."""
+    """A choice: the rung of every ladder, the column of bits of every weight and activation, and of the rank of every weight that may
+    have an implant.  Integer arrays."""
 
     rungs: np.ndarray
     weights: np.ndarray
     activations: np.ndarray
+    ranks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """Bits some tensors may have: ``levels[column]``; ``rise`` (infinite where not allowed), ``variance`` ``[tensors, columns]``."""
+    """Bits or ranks that tensors may have: ``levels[column]``, with ``rise`` (infinite where not allowed) and ``variance``, both
+    ``[tensors, columns]``."""
 
     names: tuple[str, ...]
     levels: np.ndarray
@@ -45,19 +53,22 @@ class Options:
 
     def best(self, price: np.ndarray, share: np.ndarray, now: np.ndarray) -> np.ndarray:
         """The columns of least ``rise * share + price`` that have no more bits than those of ``now``."""
-        total = self.rise * share[:, None] + price
-        total[self.levels[None, :] > self.levels[now][:, None]] = np.inf
+        return self.least(self.rise * share[:, None] + price, now)
+
+    def least(self, total: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """The columns of the least ``total`` whose levels are not above those of ``now``."""
+        total = np.where(self.levels[None, :] > self.levels[now][:, None], np.inf, total)
         return np.argmin(total, axis=1) if len(now) else now
 
 
-def options(table: Table, allowed: Mapping[str, Sequence[int]]) -> Options:
-    """Bits from most to fewest; 32 is float and costs nothing."""
+def options(table: Table, allowed: Mapping[str, Sequence[int]], whole: int = FLOAT) -> Options:
+    """Bits, or ranks, from most to fewest; ``whole``, which for bits is float, costs nothing."""
     levels = np.array(sorted({b for own in allowed.values() for b in own}, reverse=True), dtype=np.int64)
     rise, variance = np.full((len(allowed), len(levels)), np.inf), np.zeros((len(allowed), len(levels)))
     for row, (name, own) in enumerate(allowed.items()):
         for column, b in enumerate(levels.tolist()):
             if b in own:
-                value, stderr = (0.0, 0.0) if b == FLOAT else table[name][b]
+                value, stderr = (0.0, 0.0) if b == whole else table[name][b]
                 rise[row, column], variance[row, column] = value, stderr**2
     return Options(tuple(allowed), levels, rise, variance)
 
@@ -72,12 +83,12 @@ class Problem:
     activations: Options
     wiring: Wiring
     arrays: Mapping[str, np.ndarray]
+    ranks: Options = field(default_factory=lambda: options({}, {}))
 
     def full(self) -> State:
-        """All channels, and for every tensor the most bits it may have."""
-        first = [
-            np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in (self.weights, self.activations)
-        ]
+        """All channels, for every tensor the most bits it may have, and no implants."""
+        sides = (self.weights, self.activations, self.ranks)
+        first = [np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in sides]
         return State(np.zeros(len(self.ladders), np.int64), *first)
 
     def lengths(self, state: State) -> np.ndarray:
@@ -89,10 +100,29 @@ class Problem:
         return np.where(a["additive"], added, np.rint(a["length"] * np.exp(crossed)))
 
     def elements(self, lengths: np.ndarray) -> np.ndarray:
-        """Of every tensor."""
+        """Of every tensor; of those that weights of low rank are made of, for each rank."""
         a = self.arrays
         share = np.log(np.maximum(lengths, 1e-9) / a["length"])
         return np.rint(a["elements"] * np.exp(np.bincount(a["tensor"], share, len(a["elements"]))))
+
+    def worth(self, elements: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Whether implants of these ranks, ``[weights]`` or ``[weights, ranks]``, have fewer elements than what is left of the weights."""
+        a, shape = self.arrays, (-1, *[1] * (ranks.ndim - 1))
+        return ranks * (elements[a["down"]] + elements[a["up"]]).reshape(shape) < elements[a["ranked"]].reshape(shape)
+
+    def implanted(self, state: State, elements: np.ndarray) -> np.ndarray:
+        """The rank of every weight that has an implant, 0 of those that are whole."""
+        ranks = self.ranks.levels[state.ranks]
+        return np.where(self.worth(elements, ranks), ranks, 0)
+
+    def times(self, ranks: np.ndarray) -> np.ndarray:
+        """How often every tensor is there, with implants of these ranks."""
+        a = self.arrays
+        found = np.ones(len(a["elements"]))
+        found[a["ranked"]] = ranks == 0
+        for part in ("down", "up", "grid"):
+            found[a[part]] = ranks
+        return found
 
     def bits(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Bits of every weight, and those with which every factor is multiplied: weights, activations, and one in float."""
@@ -108,24 +138,31 @@ class Problem:
         found = a["item"].copy()
         found[a["weight"]] = np.where(own < FLOAT, own / 8, found[a["weight"]])
         found[a["scale"]] = np.where(own < FLOAT, SCALE, 0)
+        packed = a["rounded"] >= 0
+        found[a["grid"][packed]] = found[a["scale"]][a["rounded"][packed]]
+        for part in ("down", "up"):
+            found[a[part]] = found[a["ranked"]]
         return found
 
     def costs(self, state: State) -> np.ndarray:
         """The costs in the order of :data:`COSTS`."""
-        a, elements = self.arrays, self.elements(self.lengths(state))
+        a, dense = self.arrays, self.elements(self.lengths(state))
+        ranks = self.implanted(state, dense)
+        elements = dense * self.times(ranks)
         own, factors = self.bits(state)
         macs = elements * a["positions"]
         each = elements[a["p_tensor"]] * a["p_positions"]
         bops = FLOAT**2 * macs.sum() - (each * (FLOAT**2 - factors[a["p_first"]] * factors[a["p_second"]])).sum()
-        stored = np.ceil(elements * self.item_bytes(own)).sum() + self.wiring.constants + self._grids(state)
+        stored = np.ceil(elements * self.item_bytes(own)).sum() + self.wiring.constants + self._grids(state, ranks, factors)
         return np.array([elements[a["parameter"] > 0].sum(), stored, macs.sum(), bops])
 
-    def _grids(self, state: State) -> int:
-        acts, parents = self.activations.levels[state.activations], self.arrays["parent"]
+    def _grids(self, state: State, ranks: np.ndarray, factors: np.ndarray) -> int:
+        acts, a = self.activations.levels[state.activations], self.arrays
         if not len(acts):
             return 0
-        there = (acts < FLOAT) & ((parents < 0) | (acts < acts[parents]))
-        return int((SCALE + ZERO_POINT) * there.sum())
+        there = (acts < FLOAT) & ((a["parent"] < 0) | (acts < acts[a["parent"]]))
+        inner = (ranks > 0) & (factors[a["beside"]] < FLOAT)
+        return int((SCALE + ZERO_POINT) * (there.sum() + inner.sum()))
 
     def shares(self, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How much of every weight is left, and of what products read of every activation."""
@@ -143,60 +180,105 @@ class Problem:
         stays = np.bincount(a["inner"], state.rungs[a["around"]], len(self.ladders)) == 0
         return a["rise"][at] * stays, a["variance"][at] * stays
 
+    def twice(self, ranks: np.ndarray) -> np.ndarray:
+        """By how much more the rounding of every weight costs as it has an implant: both parts are rounded, each with as much error."""
+        found, rounded = np.ones(len(self.weights.names)), self.arrays["rounded"]
+        found[rounded[(rounded >= 0) & (ranks > 0)]] = 2
+        return found
+
     def rises(self, state: State) -> np.ndarray:
-        """Predicted rise of the loss by channels, weights, activations and branches, and the variance of their sum."""
-        a, (weights, reads) = self.arrays, self.shares(self.elements(self.lengths(state)))
+        """Predicted rise of the loss by channels, weights, activations, branches and implants, and the variance of their sum."""
+        a, elements = self.arrays, self.elements(self.lengths(state))
+        (weights, reads), ranks = self.shares(elements), self.implanted(state, elements)
         steps, spread = self.steps(state)
+        left = elements[a["ranked"]] / a["elements"][a["ranked"]] * (ranks > 0)
         parts, variance = [steps[~a["whole"]].sum()], spread.sum()
-        for own, column, share in ((self.weights, state.weights, weights), (self.activations, state.activations, reads)):
+        for own, column, share in (
+            (self.weights, state.weights, weights * self.twice(ranks)),
+            (self.activations, state.activations, reads),
+            (self.ranks, state.ranks, left),
+        ):
             rows = np.arange(len(column))
             parts.append((own.rise[rows, column] * share).sum())
             variance += (own.variance[rows, column] * share**2).sum()
-        return np.array([*parts, steps[a["whole"]].sum(), variance])
+        return np.array([*parts[:3], steps[a["whole"]].sum(), parts[3], variance])
 
     def plan(self, state: State) -> Plan:
         """The plan of a choice."""
         keep = {n: c for ladder, r in zip(self.ladders, state.rungs.tolist(), strict=True) for n, c in ladder.kept(r).items()}
         both = zip(self.ladders, state.rungs.tolist(), strict=True)
         skip = tuple(ladder.branch.name for ladder, rung in both if ladder.branch and rung)
+        ranks = self.implanted(state, self.elements(self.lengths(state)))
+        implants = {n: Implant("low_rank", r) for n, r in zip(self.ranks.names, ranks.tolist(), strict=True) if r}
         if not (self.weights.names or self.activations.names):
-            return Plan(self.structure, keep, skip)
+            return Plan(self.structure, keep, skip, implants)
         named = [
             {n: (b if b < FLOAT else None) for n, b in zip(o.names, o.levels[c].tolist(), strict=True)}
             for o, c in ((self.weights, state.weights), (self.activations, state.activations))
         ]
-        return Plan(self.structure, keep, skip, bits=BitPlan(named[0], named[1], self.wiring))
+        return Plan(self.structure, keep, skip, implants, bits_with(BitPlan(named[0], named[1], self.wiring), implants))
 
 
-def problem(structure: Structure, ladders: Sequence[Ladder], weights: Options, activations: Options, wiring: Wiring) -> Problem:
+NO_RANKS = options({}, {})
+
+
+def problem(
+    structure: Structure, ladders: Sequence[Ladder], weights: Options, activations: Options, wiring: Wiring, ranks: Options = NO_RANKS
+) -> Problem:
     """The problem in arrays.
 
     ``ladder``, ``site`` and ``rows`` are over members; ``tensor``, ``length``, ``fixed`` and ``additive`` over dimensions, where a branch
-    is one more dimension, of length one, of all its tensors; ``elements``, ``item``, ``positions`` and ``parameter`` over tensors, the
-    structure's first, then the scales of every weight, then new biases.  ``inner`` and ``around`` are pairs of ladders: a group or branch
-    and a branch that all of it is in.
+    is one more dimension, of length one, of all its tensors; ``elements``, ``item``, ``positions`` and ``parameter`` over tensors: the
+    structure's, the scales of every weight, new biases, then ``down``, ``up`` and ``grid`` (the scales of ``down``), for a rank of one, of
+    every weight that may have an implant.  ``ranked`` are these weights, ``rounded`` their numbers among those with bits or -1, ``beside``
+    the factors they are multiplied with.  ``inner`` and ``around`` are pairs of ladders: a group or branch, and a branch around it.
     """
     tensors = {**structure.tensors}
     number = {n: i for i, n in enumerate(tensors)}
-    extra = [(w, wiring.axes[w]) for w in weights.names] + [(w, wiring.axes[w]) for w in wiring.biases.values()]
+    biases = list(wiring.biases.values())
+    scaled = [(w, wiring.axes[w]) for w in (*weights.names, *biases)]
     stored = [ITEM_BYTES[t.dtype] if t.kind in STORED and n not in wiring.gone else 0 for n, t in tensors.items()]
-    item = [*stored, *(0 for _ in weights.names), *(ITEM_BYTES[tensors[w].dtype] for w in wiring.biases.values())]
     arrays: dict[str, np.ndarray] = {
-        "elements": np.array([*(prod(t.shape) for t in tensors.values()), *(tensors[w].shape[d] for w, d in extra)], dtype=np.float64),
-        "item": np.array(item, dtype=np.float64),
-        "positions": np.array([*(t.positions for t in tensors.values()), *(0 for _ in extra)], dtype=np.float64),
-        "parameter": np.array([*(t.kind == "parameter" for t in tensors.values()), *(0 for _ in extra)]),
+        "elements": np.array([*(prod(t.shape) for t in tensors.values()), *(tensors[w].shape[d] for w, d in scaled)], dtype=np.float64),
+        "item": np.array(
+            [*stored, *(0 for _ in weights.names), *(ITEM_BYTES[tensors[w].dtype] for w in wiring.biases.values())], np.float64
+        ),
+        "positions": np.array([*(t.positions for t in tensors.values()), *(0 for _ in scaled)], dtype=np.float64),
+        "parameter": np.array([*(t.kind == "parameter" for t in tensors.values()), *(0 for _ in scaled)]),
         "weight": np.array([number[w] for w in weights.names], dtype=np.int64),
         "scale": len(tensors) + np.arange(len(weights.names)),
     }
-    copies = {(w, d): [len(tensors) + i for i, other in enumerate(extra) if other == (w, d)] for w, d in extra}
+    arrays |= _rank_arrays(structure, ranks.names, arrays, weights.names)
+    extra = [*scaled, *((w, 1) for w in ranks.names), *((w, 0) for w in ranks.names)]
+    copies: dict[tuple[str, int], list[int]] = {}
+    for n, site in enumerate(extra):
+        copies.setdefault(site, []).append(len(tensors) + n)
+    parts = dict(zip(ranks.names, zip(arrays["down"].tolist(), arrays["up"].tolist(), strict=True), strict=True))
     arrays |= (
         _ladder_arrays(ladders)
         | _nesting(ladders)
         | _member_arrays(structure, ladders, number, copies)
-        | _product_arrays(weights, activations, wiring, number)
+        | _product_arrays(weights, activations, wiring, number, parts)
     )
-    return Problem(structure, tuple(ladders), weights, activations, wiring, arrays)
+    return Problem(structure, tuple(ladders), weights, activations, wiring, arrays, ranks)
+
+
+def _rank_arrays(
+    structure: Structure, ranked: Sequence[str], arrays: Mapping[str, np.ndarray], rounded: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """What implants add to the arrays over tensors, and where."""
+    number, place = {n: i for i, n in enumerate(structure.tensors)}, {n: i for i, n in enumerate(rounded)}
+    first, count = len(arrays["elements"]), len(ranked)
+    own = np.array([number[n] for n in ranked], dtype=np.int64)
+    out = np.array([structure.tensors[n].shape[0] for n in ranked], dtype=np.float64)
+    nothing = np.zeros(count)
+    return {
+        "elements": np.concatenate([arrays["elements"], arrays["elements"][own] / out, out, nothing + 1]),
+        **{k: np.concatenate([arrays[k], arrays[k][own], arrays[k][own], nothing]) for k in ("item", "positions", "parameter")},
+        "ranked": own,
+        **{part: first + n * count + np.arange(count) for n, part in enumerate(("down", "up", "grid"))},
+        "rounded": np.array([place.get(n, -1) for n in ranked], dtype=np.int64),
+    }
 
 
 def _ladder_arrays(ladders: Sequence[Ladder]) -> dict[str, np.ndarray]:
@@ -256,7 +338,9 @@ def _member_arrays(
     }  # fmt: skip
 
 
-def _product_arrays(weights: Options, activations: Options, wiring: Wiring, number: Mapping[str, int]) -> dict[str, np.ndarray]:
+def _product_arrays(
+    weights: Options, activations: Options, wiring: Wiring, number: Mapping[str, int], parts: Mapping[str, tuple[int, int]]
+) -> dict[str, np.ndarray]:
     names = [*weights.names, *activations.names]
     place = {n: i for i, n in enumerate(names)}
     last, acts = len(names), {n: i for i, n in enumerate(activations.names)}
@@ -267,11 +351,15 @@ def _product_arrays(weights: Options, activations: Options, wiring: Wiring, numb
     reads = [
         (acts[f], weights.names.index(p.tensor)) for p in wiring.products for f in p.factors if f in acts and p.tensor in weights.names
     ]
+    products = [(number[p.tensor], p) for p in wiring.products]
+    products += [(part, p) for p in wiring.products for part in parts.get(p.tensor, ())]
+    beside = {p.tensor: factor(next(f for f in (*p.factors, "") if f != p.tensor)) for p in wiring.products}
     return {
-        "p_tensor": np.array([number[p.tensor] for p in wiring.products], dtype=np.int64),
-        "p_positions": np.array([p.positions for p in wiring.products], dtype=np.float64),
-        "p_first": np.array([factor(p.factors[0]) for p in wiring.products], dtype=np.int64),
-        "p_second": np.array([factor(p.factors[1]) for p in wiring.products], dtype=np.int64),
+        "p_tensor": np.array([n for n, _ in products], dtype=np.int64),
+        "p_positions": np.array([p.positions for _, p in products], dtype=np.float64),
+        "p_first": np.array([factor(p.factors[0]) for _, p in products], dtype=np.int64),
+        "p_second": np.array([factor(p.factors[1]) for _, p in products], dtype=np.int64),
+        "beside": np.array([beside.get(n, last) for n in parts], dtype=np.int64),
         "parent": np.array([acts.get(n.removesuffix(READ), -1) if n.endswith(READ) else -1 for n in activations.names], dtype=np.int64),
         "read_by_activation": np.array([a for a, _ in reads], dtype=np.int64),
         "read_by_weight": np.array([w for _, w in reads], dtype=np.int64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import hypot
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +72,21 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """An implant: the weight it replaces, its kind, its rank of ``most`` (or how many channels of ``most`` have 1x1 filters), parameters
+    before and after, and the predicted rise of the loss with its standard error, ``None`` where it has no price."""
+
+    weight: str
+    kind: str
+    rank: int
+    most: int
+    before: int
+    after: int
+    predicted: float | None = None
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
     """What one stage of the work took: seconds of processor and wall clock, and the peak memory in MiB."""
 
@@ -109,6 +125,7 @@ class Report:
     reason: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    implants: tuple[Replacement, ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in ("module", "graph"):
@@ -131,6 +148,15 @@ def predicted_of(report: Report, *groups: Group) -> tuple[float, float] | None:
     """Sum of the scores of what the plan cuts from ``groups``, and its standard error; ``None`` where nothing is cut."""
     gone = {g.name: lost(report.plan, g) for g in groups if g.name in report.scores.values}
     return predicted_rise(report.scores, gone) if any(len(c) for c in gone.values()) else None
+
+
+def predicted_in_all(report: Report) -> tuple[float, float] | None:
+    """Predicted rise of the loss by all that is cut and all implants, and its standard error; ``None`` where there is nothing, or one has
+    no price."""
+    cut = predicted_of(report, *report.plan.structure.groups)
+    parts = [*([cut] if cut else []), *((i.predicted, i.stderr or 0.0) for i in report.implants)]
+    rises = [rise for rise, _ in parts if rise is not None]
+    return (sum(rises), hypot(*(error for _, error in parts))) if rises and len(rises) == len(parts) else None
 
 
 def outcome(report: Report) -> tuple[str, str, float, float]:
@@ -170,6 +196,7 @@ def from_dict(data: Mapping[str, Any]) -> Report:
             latency=tuple(_latency(entry) for entry in data["latency"]),
             stages=tuple(Stage(**s) for s in data["stages"]),
             notes=tuple(data["notes"]),
+            implants=tuple(Replacement(**i) for i in data.get("implants", [])),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the report is damaged ({type(error).__name__}: {error}); write it again") from None

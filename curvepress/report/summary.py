@@ -9,7 +9,7 @@ from math import isfinite
 from ..plan import kept
 from ..structure import Group
 from . import numerals
-from .data import Latency, Point, Report, Spread, in_loss, outcome, predicted_of
+from .data import Latency, Point, Replacement, Report, Spread, in_loss, outcome, predicted_in_all, predicted_of
 
 VERDICTS = {True: "faster", False: "NOT faster", None: "NOT measurably faster"}
 
@@ -84,9 +84,9 @@ def _latency_tile(t: Latency | None) -> Tile:
 
 
 def tables(report: Report) -> tuple[Table, ...]:
-    """All tables that have rows: costs, latency, metrics, groups, stages of the work, environment."""
-    made = (_costs(report), _latencies(report), _metrics(report), _groups(report), _frontier(report), _stages(report), _environment(report))
-    return tuple(t for t in made if t.rows)
+    """All tables that have rows: costs, latency, metrics, groups, implants, frontier, stages of the work, environment."""
+    made = (_costs, _latencies, _metrics, _groups, _implants, _frontier, _stages, _environment)
+    return tuple(t for table in made if (t := table(report)).rows)
 
 
 def _costs(report: Report) -> Table:
@@ -148,6 +148,15 @@ def _share(report: Report, group: Group) -> str:
     return numerals.percent(cut[0] / whole) if cut and whole else "–"
 
 
+def _implants(report: Report) -> Table:
+    rows = tuple(
+        (i.weight, i.kind.replace("_", " "), f"{i.rank} of {i.most}", numerals.exact(i.before), numerals.exact(i.after), _predicted(i))
+        for i in report.implants
+    )
+    header = ("weight", "kind", "rank or channels", "parameters", "with the implant", "predicted rise")
+    return Table("Implants", header, rows, ("weight", "kind"))
+
+
 def _frontier(report: Report) -> Table:
     rows = tuple(
         (numerals.percent(p.params), _predicted(p), "–" if p.measured is None else numerals.rise(p.measured))
@@ -156,7 +165,7 @@ def _frontier(report: Report) -> Table:
     return Table("Frontier", ("parameters left", "predicted rise", "measured rise"), rows)
 
 
-def _predicted(p: Point) -> str:
+def _predicted(p: Point | Replacement) -> str:
     return "–" if p.predicted is None else numerals.uncertain(p.predicted, p.stderr or 0.0)
 
 
@@ -173,7 +182,7 @@ def method(report: Report) -> str:
     """How the scores were made, and what they predict for the whole plan."""
     s = report.scores
     how = f"Scores by {s.method} ({s.unit}), {f'{s.samples} samples' if s.samples else 'exact'}, seed {s.seed}."
-    predicted = predicted_of(report, *report.plan.structure.groups)
+    predicted = predicted_in_all(report)
     if not predicted or not in_loss(report):
         return how
     return f"{how} Predicted rise of the loss for this plan, before recovery: {numerals.uncertain(*predicted)}."

@@ -43,8 +43,12 @@ _ORIGINAL, _SCORES = "original.safetensors", ("scores.safetensors", "scores.json
 FLOWS: Mapping[str, Flow] = {
     "trace": Flow((), (_ORIGINAL, "original.json", "structure.json")),
     "score": Flow((_ORIGINAL, "structure.json"), _SCORES),
-    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,), optional=("bit_prices.json",)),
-    "apply": Flow((_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES), ("pruned.safetensors", "pruned.json")),
+    "plan": Flow((_ORIGINAL, "structure.json", *_SCORES), (PLAN,), optional=("bit_prices.json", "rank_prices.json")),
+    "apply": Flow(
+        (_ORIGINAL, "original.json", "structure.json", PLAN, *_SCORES),
+        ("pruned.safetensors", "pruned.json"),
+        optional=("rank_prices.json",),
+    ),
     "repair": Flow((_ORIGINAL, "structure.json", PLAN, "pruned.safetensors"), ("repaired.safetensors", "repaired.json")),
     "fit": Flow((_ORIGINAL, "structure.json", PLAN, "repaired.safetensors"), ("model.safetensors", "history.json")),
     "export": Flow((_ORIGINAL, "structure.json", PLAN, "model.safetensors"), ("original.onnx", "model.onnx", "latency.json")),
@@ -54,8 +58,11 @@ FLOWS: Mapping[str, Flow] = {
     ),
 }
 """The stages of the main job in their order."""
-WEIGHING: Mapping[str, Flow] = {"weigh": Flow((_ORIGINAL, "structure.json"), ("bit_prices.json",))}
-"""The stage that prices bits of the original model, where a plan is to have some."""
+WEIGHING: Mapping[str, Flow] = {
+    "weigh": Flow((_ORIGINAL, "structure.json"), ("bit_prices.json",)),
+    "truncate": Flow((_ORIGINAL, "structure.json"), ("rank_prices.json",)),
+}
+"""The stages that price bits and ranks of the original model, where a plan is to have some."""
 _FLOAT = ("float.safetensors", "float.json")
 QUANTIZATION: Mapping[str, Flow] = {
     "load": Flow((), _FLOAT),
@@ -224,7 +231,7 @@ def command(run: Run, stage: str) -> str:
     if stage == "trace":
         return f"`curvepress trace {run.recipe} --out {run.folder}`"
     if stage in WEIGHING:
-        return f"`curvepress frontier {run.folder}`"
+        return f"`curvepress frontier {run.folder}{' --implants' if stage == 'truncate' else ''}`"
     if stage in REPRODUCTION:
         return "`curvepress reproduce` as before"
     if stage in QUANTIZATION:

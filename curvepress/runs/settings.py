@@ -65,11 +65,11 @@ def bit_ranges(bits: str | None, activations: str | None) -> dict[str, list[int]
     return {} if bits is None else {"bits": _widths("bits", bits), "activation_bits": _widths("activation-bits", activations or "8")}
 
 
-def exchange(given: Sequence[str], chosen: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+def exchange(given: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What the predicted rises of each kind of decision are multiplied with, from texts such as ``channels=0.1``.
 
     Raises:
-        ValueError: if a text is something else, or there are no bits to exchange for.
+        ValueError: if a text is something else, or there are no bits or implants to exchange for.
     """
     rates: dict[str, float] = {}
     for text in given:
@@ -81,7 +81,7 @@ def exchange(given: Sequence[str], chosen: Mapping[str, Sequence[int]]) -> dict[
             kinds = ", ".join(f.name for f in fields(Exchange))
             raise ValueError(f"--exchange must be a kind ({kinds}) and a positive number, such as channels=0.1; got {text!r}") from None
     if rates and not chosen:
-        raise ValueError("--exchange needs --bits: without bits there is nothing to exchange channels for")
+        raise ValueError("--exchange needs --bits or --implants: without them there is nothing to exchange channels for")
     return {"exchange": rates} if rates else {}
 
 

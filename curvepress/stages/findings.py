@@ -47,6 +47,7 @@ def gathered(desk: Desk) -> reports.Report:
         form=pruned["form"],
         reason=pruned["reason"],
         environment=environment(run.stages),
+        implants=tuple(reports.Replacement(**i) for i in pruned.get("implants", [])),
     )
 
 
@@ -56,7 +57,7 @@ def _latency(entry: dict[str, Any]) -> reports.Latency:
 
 def figures(report: reports.Report) -> dict[str, Any]:
     """The figures of a report as JSON-ready data, for programs to read."""
-    parts = {k: [asdict(x) for x in getattr(report, k)] for k in ("latency", "frontier", "stages")}
+    parts = {k: [asdict(x) for x in getattr(report, k)] for k in ("latency", "frontier", "implants", "stages")}
     return {
         "headline": reports.headline(report),
         "cost": {"original": asdict(report.before), "compressed": asdict(report.after)},

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from math import hypot
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ from ..runs.recipe import Recipe, check
 from ..runs.settings import descent
 from ..scores import LOSS_UNIT, Scores, predicted_rise, score
 from ..scores.reconstruction import reconstruction
-from ..surgery.cutting import applied
+from ..structure import Structure
+from ..surgery.cutting import Applied, applied
 from ..tracing.watching import trace
 from ..training.batchnorm import reestimate
 from ..training.fitting import fit
 from . import quantizing as quantization
 from .findings import HISTORY, LATENCY, PRUNED, REPAIRED, figures, gathered
 from .planning import weighed
+from .ranking import described, fitted, predicted_by_implants, truncated
 from .searching import planned
 from .timetables import kept_promise
 
@@ -77,17 +80,22 @@ def _check_untrained(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _score(desk: Desk, settings: Settings) -> None:
-    scores = _scored(desk, settings)
+    scores = _of_original(desk, settings)
     desk.note(scores.detail)
     save_scores(scores, desk.run.folder)
 
 
-def _scored(desk: Desk, settings: Settings) -> Scores:
-    recipe, structure = desk.recipe, load_structure(desk.path("structure.json"))
+def _of_original(desk: Desk, settings: Settings) -> Scores:
+    return scored(desk, settings, desk.original(), load_structure(desk.path("structure.json")))
+
+
+def scored(desk: Desk, settings: Settings, model: nn.Module, structure: Structure) -> Scores:
+    """The scores of a model of this structure."""
+    recipe = desk.recipe
     given = {k: settings[k] for k in SCORING}
     batches = recipe.batches("calibration", seed=settings["seed"])
     done = StoredSamples(scratch(desk.run, "score", settings))
-    return score(desk.original(), recipe.loss, batches, structure, **given, progress=partial(_forecast, desk), done=done)
+    return score(model, recipe.loss, batches, structure, **given, progress=partial(_forecast, desk), done=done)
 
 
 def _forecast(desk: Desk, progress: curvature.Progress) -> None:
@@ -101,18 +109,22 @@ def _plan(desk: Desk, settings: Settings) -> None:
 
 
 def _apply(desk: Desk, settings: Settings) -> None:
-    recipe, plan, model = desk.recipe, desk.plan(), desk.original()
-    made = applied(model, plan, *recipe.inputs())
+    plan, model = desk.plan(), desk.original()
+    made = applied(model, plan, *desk.recipe.inputs())
+    validation = {"original": read_json(desk.path("original.json"), ORIGINAL)["validation"]}
+    facts = {"frontier": list(_frontier(desk, model, plan, settings["seed"])), "implants": list(described(desk.run, plan))}
+    keep_pruned(desk, settings, made, validation, facts)
+
+
+def keep_pruned(desk: Desk, settings: Settings, made: Applied, validation: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write a pruned model with its statistics re-estimated, its metrics beside those given, and ``facts``, with points of the frontier."""
+    recipe = desk.recipe
     small = reestimate(made.model, recipe.batches("calibration", seed=settings["seed"]))
-    validation = {
-        "original": read_json(desk.path("original.json"), ORIGINAL)["validation"],
-        "pruned": recipe.metrics(made.model, "validation"),
-        "re-estimated": recipe.metrics(small, "validation"),
-    }
-    points = [asdict(p) for p in _frontier(desk, model, plan, settings["seed"])]
+    metrics = {**validation, "pruned": recipe.metrics(made.model, "validation"), "re-estimated": recipe.metrics(small, "validation")}
     save(small, desk.path("pruned.safetensors"))
-    facts = {**PRUNED, "form": made.form, "reason": made.reason, "validation": validation, "frontier": points}
-    write_text(desk.path("pruned.json"), dumps(facts))
+    points = [asdict(p) for p in facts["frontier"]]
+    about = {**PRUNED, "form": made.form, "reason": made.reason, "validation": metrics, **facts, "frontier": points}
+    write_text(desk.path("pruned.json"), dumps(about))
 
 
 def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[reports.Point]:
@@ -124,49 +136,74 @@ def _frontier(desk: Desk, model: nn.Module, plan: Plan, seed: int) -> Iterator[r
     whole = cost(Plan(structure)).params
     final = cost(plan).params / whole
     plans = [*frontier(structure, scores, [1 - (1 - final) * part for part in (0.1, 0.2, 0.35, 0.5, 0.75)]), plan]
-    batches = list(islice(desk.recipe.batches("calibration", seed=seed + 1), PROBED))
-    before = _mean_loss(desk, model, batches)
+    batches = probes(desk, seed)
+    before = mean_loss(desk, model, batches)
     for n, step in enumerate(plans):
-        small = applied(model, step, *desk.recipe.inputs()).model
-        if scores.method == reconstruction.__name__:
-            small = _refitted(desk, reestimate(small, batches), step, TRIED, seed).model
-        rise, stderr = _predicted(scores, step)
+        after = loss_after(desk, model, step, scores.method, batches, seed)
+        rise, stderr = _predicted(desk, scores, step)
         desk.progress("plans measured", n + 1, len(plans))
-        yield reports.Point(cost(step).params / whole, rise, stderr, _mean_loss(desk, small.eval(), batches) - before)
+        yield reports.Point(cost(step).params / whole, rise, stderr, after - before)
 
 
-def _predicted(scores: Scores, plan: Plan) -> tuple[float, float] | tuple[None, None]:
-    if scores.unit != LOSS_UNIT or plan.skip:  # branches are measured, with statistics that the pruned model has not yet
+def probes(desk: Desk, seed: int) -> list[Batch]:
+    """The calibration batches on which predicted and measured rise are compared."""
+    return list(islice(desk.recipe.batches("calibration", seed=seed + 1), PROBED))
+
+
+def _predicted(desk: Desk, scores: Scores, plan: Plan) -> tuple[float, float] | tuple[None, None]:
+    implants = predicted_by_implants(desk.run, plan)
+    if (
+        scores.unit != LOSS_UNIT or plan.skip or implants is None
+    ):  # branches are measured, with statistics that the pruned model has not yet
         return None, None
-    return predicted_rise(scores, {g.name: lost(plan, g) for g in plan.structure.free})
+    rise, stderr = predicted_rise(scores, {g.name: lost(plan, g) for g in plan.structure.free})
+    return rise + implants[0], hypot(stderr, implants[1])
 
 
-def _mean_loss(desk: Desk, model: nn.Module, batches: Sequence[Batch]) -> float:
+def loss_after(desk: Desk, model: nn.Module, step: Plan, method: str, batches: Sequence[Batch], seed: int) -> float:
+    """The mean loss of what a plan makes of a model; beside prices after repair, once it is repaired."""
+    small = fitted(desk, applied(model, step, *desk.recipe.inputs()).model, step, TRIED, seed)
+    if method == reconstruction.__name__:
+        small = refitted(desk, reestimate(small, batches), model, step, TRIED, seed).model
+    return mean_loss(desk, small.eval(), batches)
+
+
+def mean_loss(desk: Desk, model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Over all examples of the batches."""
     with torch.no_grad():
         total = sum(batch_loss(model, desk.recipe.loss, b).item() * batch_size(b) for b in batches)
     return total / sum(map(batch_size, batches))
 
 
 def _repair(desk: Desk, settings: Settings) -> None:
-    """The pruned model refitted to the original, or, with no examples, as it was."""
+    """The pruned model with its implants fitted to data, and refitted to the original; with no examples, as it was."""
+    repaired(desk, settings, desk.original(), desk.plan())
+
+
+def repaired(desk: Desk, settings: Settings, original: nn.Module, plan: Plan) -> None:
+    """Write the pruned model, which ``plan`` made of ``original``, refitted to that."""
     recipe, small = desk.recipe, desk.compressed("pruned.safetensors")
     facts: dict[str, Any] = {"validation": {}, "layers": [], "left": {}, "examples": 0, "bytes": 0}
     if settings["examples"]:
-        made = _refitted(desk, small, desk.plan(), settings["examples"], settings["seed"], partial(desk.progress, "layers"))
+        start = fitted(desk, small, plan, settings["examples"], settings["seed"])
+        metrics = {"implants fitted": recipe.metrics(start, "validation")} if plan.implants else {}
+        made = refitted(desk, start, original, plan, settings["examples"], settings["seed"], partial(desk.progress, "layers"))
         small, layers = made.model, [asdict(layer) for layer in made.layers]
         desk.note("; ".join(f"{name} is left as it was: {why}" for name, why in made.left.items()))
-        metrics = {"repaired": recipe.metrics(small, "validation")}
+        metrics |= {"repaired": recipe.metrics(small, "validation")}
         facts = {"validation": metrics, "layers": layers, "left": made.left, "examples": made.examples, "bytes": made.bytes}
     save(small, desk.path("repaired.safetensors"))
     write_text(desk.path("repaired.json"), dumps({**REPAIRED, **facts}))
 
 
-def _refitted(
-    desk: Desk, small: nn.Module, plan: Plan, examples: int, seed: int, tell: Callable[[int, int], None] = lambda *_: None
-) -> Repaired:
+def refitted(
+    desk: Desk, small: nn.Module, original: nn.Module, plan: Plan, examples: int, seed: int,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> Repaired:  # fmt: skip
+    """A model that ``plan`` made of ``original``, refitted to it; what goes wrong says how to go on without."""
     batches = desk.recipe.batches("calibration", seed=seed)
     try:
-        return repair(small, desk.original(), batches, plan, examples=examples, progress=tell)
+        return repair(small, original, batches, plan, examples=examples, progress=tell)
     except ValueError as error:
         raise ValueError(f"{desk.recipe.name}: {error}; go on without repair with `compress --repair-examples 0`") from error
 
@@ -225,6 +262,7 @@ STAGES: Mapping[str, Stage] = {
     "score": _score,
     "plan": _plan,
     "weigh": weighed,
+    "truncate": truncated,
     "apply": _apply,
     "repair": _repair,
     "fit": _fit,
@@ -269,7 +307,7 @@ def assist(desk: Desk, settings: Settings) -> None:
     settings = _complete(desk.recipe, "score", settings)
     require(desk.run, "score")
     with _blamed(desk, "score"):
-        _scored(desk, settings)
+        _of_original(desk, settings)
 
 
 @contextmanager

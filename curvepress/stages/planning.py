@@ -1,4 +1,4 @@
-"""Plans of widths and bits from the files of a run: prices of bits of its original model, the family of plans, and the frontier."""
+"""Plans of widths, bits and ranks from the files of a run: prices of bits of its original model, the family of plans, and the frontier."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from ..quantization.quantized import Bits, calibrate, quantize
 from ..report import picture
 from ..runs.artifacts import load_scores, load_structure, read_json
 from ..runs.desk import Desk
-from ..runs.folder import Run
+from ..runs.folder import Run, command
 from ..scores import Scores
 from ..structure import Structure
 from ..surgery.cutting import applied
 from ..training.batchnorm import reestimate
+from .ranking import fitted, rank_prices
 
 Settings = Mapping[str, Any]
 WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
@@ -104,20 +105,31 @@ def joint_family(run: Run, structure: Structure, scores: Scores, settings: Setti
     """All candidates for the budgets in the settings.
 
     Raises:
-        ValueError: if the prices of bits are missing or damaged, or as :func:`~curvepress.planner.joint.joint_problem` does.
+        ValueError: if prices of bits or ranks are missing or damaged, or as :func:`~curvepress.planner.joint.joint_problem` does.
     """
+    prices = rank_prices(run) if settings.get("implants") else {}
+    if settings.get("implants") and not prices:
+        raise ValueError(f"{run.folder} has no prices of ranks, which --implants needs; make them with {command(run, 'truncate')}")
+    ranks = {n: p for n, p in prices.items() if n in structure.tensors}
+    problem = joint_problem(
+        structure, scores, **(_weighed(run, settings) if settings.get("bits") else {}), ranks=ranks,
+        shape=Shape(settings["multiple"], settings["floor"], settings.get("whole", ()), settings.get("aligned", False)),
+        exchange=Exchange(**settings.get("exchange", {})),
+    )  # fmt: skip
+    return family(problem, [k for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None] or ["bytes"])
+
+
+def _weighed(run: Run, settings: Settings) -> dict[str, Any]:
+    """What the run knows of bits and of branches, as the planner takes it."""
     data = read_json(run.folder / "bit_prices.json", WEIGHED)
     w = data["wiring"]
     products = tuple(Multiplication(p["tensor"], p["positions"], tuple(p["factors"])) for p in w["products"])
-    known = Wiring(products, w["axes"], tuple(w["gone"]), w["biases"], w["constants"])
-    problem = joint_problem(
-        structure, scores, prices_from_dict(data["prices"]), known,
-        bits=Bitwidths(settings["bits"], settings["activation_bits"]),
-        shape=Shape(settings["multiple"], settings["floor"], settings.get("whole", ()), settings.get("aligned", False)),
-        exchange=Exchange(**settings.get("exchange", {})),
-        branches={name: (rise, stderr) for name, (rise, stderr) in data.get("branches", {}).items()},
-    )  # fmt: skip
-    return family(problem, [k for k in ("params", "bytes", "macs", "bops") if settings.get(k) is not None] or ["bytes"])
+    return {
+        "prices": prices_from_dict(data["prices"]),
+        "wiring": Wiring(products, w["axes"], tuple(w["gone"]), w["biases"], w["constants"]),
+        "bits": Bitwidths(settings["bits"], settings["activation_bits"]),
+        "branches": {name: (rise, stderr) for name, (rise, stderr) in data.get("branches", {}).items()},
+    }
 
 
 def rewired(desk: Desk, plan: Plan, product: int) -> Plan:
@@ -125,14 +137,15 @@ def rewired(desk: Desk, plan: Plan, product: int) -> Plan:
     read them."""
     if plan.bits is None or not plan.skip:
         return plan
-    recipe, without = desk.recipe, Plan(plan.structure, skip=plan.skip)
+    recipe, without = desk.recipe, Plan(plan.structure, skip=plan.skip, implants=plan.implants)
     model = applied(desk.original(), without, *recipe.inputs()).model
     wired, what = wiring(model, after(without), recipe.inputs()), layout_of(model, recipe.inputs())
     sites = {s.name: product if s.role == "product" else SUM for s in what.sites}
     gone = dropped(plan)
     inner = {g.name for g in plan.structure.groups if gone.issuperset(m.tensor for m in g.members)}
     keep = {n: c for n, c in plan.keep.items() if n not in inner}
-    return Plan(plan.structure, keep, plan.skip, bits=BitPlan({n: b for n, b in plan.bits.weights.items() if n not in gone}, sites, wired))
+    weights = {n: b for n, b in plan.bits.weights.items() if n not in gone}
+    return Plan(plan.structure, keep, plan.skip, plan.implants, BitPlan(weights, sites, wired))
 
 
 def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: int) -> Iterator[dict[str, Any]]:
@@ -147,7 +160,7 @@ def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: i
 def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, float]:
     """Metrics of a plan on the validation split as it is made, with statistics re-estimated and everything rounded, nothing trained."""
     recipe = desk.recipe
-    small = applied(desk.original(), plan, *recipe.inputs()).model
+    small = fitted(desk, applied(desk.original(), plan, *recipe.inputs()).model, plan, CALIBRATED, seed)
     small = reestimate(small, recipe.batches("calibration", seed=seed)).eval()
     if plan.bits is not None:
         module = quantize(small, bits_of_plan(plan), recipe.inputs())

@@ -38,11 +38,11 @@ def planned(desk: Desk, settings: Settings) -> Plan:
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
     skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
     if settings.get("latency") is None:
-        return _whole(desk, settings, _searched(desk.run, structure, scores, settings, skip))
+        return _whole(desk, settings, searched(desk.run, structure, scores, settings, skip))
     table = table_of(desk, settings)
 
     def within(limit: float) -> Plan:
-        return _searched(desk.run, structure, scores, {**settings, "latency": limit}, skip, table)
+        return searched(desk.run, structure, scores, {**settings, "latency": limit}, skip, table)
 
     return _whole(desk, settings, timed_plan(desk, settings, table, within).plan)
 
@@ -51,10 +51,15 @@ def _whole(desk: Desk, settings: Settings, plan: Plan) -> Plan:
     return rewired(desk, plan, *settings["activation_bits"]) if settings["branches"] == AUTO else plan
 
 
-def _searched(
+def searched(
     run: Run, structure: Structure, scores: Scores, settings: Settings, skip: Sequence[str] = (), table: Table | None = None
 ) -> Plan:
-    limits = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
+    """The gentlest plan for a structure under the limits in the settings, around the branches in ``skip``.
+
+    Raises:
+        ValueError: if no plan fits, or the whole structure does.
+    """
+    limits = limits_of(structure, settings)
     options = {k: settings[k] for k in ("per", "multiple", "floor", "whole", "aligned")}
     if settings["aligned"] and not head_widths(structure):
         raise ValueError(
@@ -65,7 +70,7 @@ def _searched(
 
         def gentlest(structure: Structure, scores: Scores) -> Plan:
             times = _rest(table, structure) if table and skip else table
-            if settings.get("bits"):
+            if settings.get("bits") or settings.get("implants"):
                 return choose(joint_family(run, structure, scores, settings), budget, partial(cost, table=times)).plan
             return search(structure, scores, budget, table=times, **options)
 
@@ -77,6 +82,17 @@ def _searched(
         said = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
         raise ValueError(f"the whole model ({said}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less")
     return plan
+
+
+def limits_of(structure: Structure, settings: Settings) -> dict[str, float]:
+    """What was asked for; on the ``part`` of the way there, in equal ratios, where there is one in the settings, as absolute numbers."""
+    asked = {k: settings[k] for k in ("params", "bytes", "macs", "bops", "latency") if settings.get(k) is not None}
+    if "part" not in settings:
+        return asked
+    whole = cost(Plan(structure))
+    return {
+        k: int(getattr(whole, k) ** (1 - settings["part"]) * v ** settings["part"]) for k, v in at_most(**asked).absolute(whole).items()
+    }
 
 
 def _rest(table: Table, structure: Structure) -> Table:
@@ -93,7 +109,7 @@ def check_budget(desk: Desk, settings: Settings) -> None:
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
     table = None if settings.get("latency") is None else table_of(desk, settings)
     skip = weighed_without(desk.run) if settings.get("bits") else _largest(structure, settings["branches"])
-    _searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)
+    searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)
 
 
 def _largest(structure: Structure, count: int) -> tuple[str, ...]:

@@ -94,7 +94,16 @@ def continued(folder: Path) -> Iterator[tuple[Run, Recipe]]:
 
 
 def done(run: Run, task: Recipe, stage: str, settings: Mapping[str, Any]) -> Run:
-    """The run after a stage that was asked for by its name: it is done, also if it was before."""
+    """The run after a stage that was asked for by its name: it is done, also if it was before.
+
+    Raises:
+        ValueError: if it begins at an earlier round, which its command knows nothing of.
+    """
+    if "before" in (run.stages[stage].settings if stage in run.stages else {}):
+        raise ValueError(
+            f"{run.folder} is one of several rounds, in which `{stage}` begins at the round before; do it with "
+            "`curvepress compress --rounds`, and --again where settings are others"
+        )
     torch.set_num_threads(settings.get("threads", 1))
     with bars(stage) as show:
         outcome = run_stage(Desk(run, task, show, partial(noted, stage)), stage, settings)
