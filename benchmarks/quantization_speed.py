@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantization_speed latency --networks ResNet-20 ResNet-56 EfficientNet-Lite0    # after ptq and peers
     python -m benchmarks.quantization_speed layers    # what OpenVINO runs, and how long each takes
+    python -m benchmarks.quantization_speed widths    # by how much, against how many channels there are; random weights
     python -m benchmarks.quantization_speed step
     python -m benchmarks.quantization_speed table
 
@@ -11,9 +12,10 @@ Whatever else the machine does falls on all of them alike: only ratios are to be
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,16 @@ from benchmarks import records
 from benchmarks.networks import MODELS, NETWORKS, arrays, original
 from benchmarks.quantization import bits
 from benchmarks.quantization_table import show
-from curvepress.export import compare_latency
+from curvepress.export import compare_latency, to_onnx
+from curvepress.export.integers import to_integer_onnx
 from curvepress.export.latency import Timing
-from curvepress.quantization.quantized import calibrate, quantize
+from curvepress.quantization.quantized import Bits, calibrate, quantize
+from curvepress_recipes.digits import Block
 
 FILE = Path(__file__).parent / "results" / "quantization_speed.jsonl"
 BATCHES = (1, 32)
+WIDTHS = (16, 32, 64)
+"""Channels of the first of three stages of a residual network; each further one has twice as many."""
 
 
 def latency(network: str, batches: list[int], runtimes: list[str]) -> Iterator[records.Record]:
@@ -90,6 +96,27 @@ def layers(network: str) -> records.Record:
     paths = {"float": original(network), "w8a8": _ours(network)}
     key = {"what": "layers", "network": network}
     return records.once(FILE, key, lambda: {"files": {n: peers.executed_in_openvino(p, _inputs(network)) for n, p in paths.items()}})
+
+
+def widths(width: int, batches: list[int], runtimes: list[str]) -> Iterator[records.Record]:
+    """Records of a residual network of twenty layers and random weights on images of 32 by 32, for speed alone."""
+    x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"float": Path(folder) / "float.onnx", "w8a8": Path(folder) / "w8a8.onnx"}
+        network = _residual(width)
+        to_onnx(network, x[:2], paths["float"])
+        to_integer_onnx(calibrate(quantize(network, Bits(), x[:2]), [(x, None)]).eval(), [(x, None)], paths["w8a8"])
+        for runtime, batch in product(runtimes, batches):
+            key = {"network": f"residual network of {width} channels, random weights", "runtime": runtime, "batch": batch}
+            yield records.once(FILE, key, lambda r=runtime, b=batch: {"files": _compared(r, paths, x.numpy(), b)})
+
+
+def _residual(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    stages = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+    blocks = [b for before, own, stride in stages for b in (Block(before, own, stride), Block(own, own, 1), Block(own, own, 1))]
+    first = (nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)).eval()
 
 
 def step(rounds: int = 16) -> records.Record:
@@ -154,7 +181,7 @@ def table() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("latency", "layers", "step", "table"))
+    parser.add_argument("what", choices=("latency", "layers", "widths", "step", "table"))
     parser.add_argument("--networks", nargs="+", default=["ResNet-20"], choices=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], choices=("onnxruntime", "openvino"))
@@ -162,7 +189,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if o.what == "table":
         return table()
-    work = {"step": lambda: [step()], "layers": lambda: map(layers, o.networks)}
+    work = {
+        "step": lambda: [step()],
+        "layers": lambda: map(layers, o.networks),
+        "widths": lambda: (r for w in WIDTHS for r in widths(w, o.batches, o.runtimes)),
+    }
     for record in work.get(o.what, lambda: (r for n in o.networks for r in latency(n, o.batches, o.runtimes)))():
         print(record, flush=True)
     return None
