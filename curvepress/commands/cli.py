@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -222,6 +223,7 @@ def score(
         require(run, "score")
         workers().wait()
         done(run, task, "score", settings)
+        workers().wait()
 
 
 @app.command()
@@ -384,6 +386,8 @@ def _assist(folder: Path, settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     run = open_run(folder)
     assist(Desk(run, load_recipe(run.recipe, run.options)), settings)
+    with suppress(RuntimeError):  # none leaves before all are done, unless the first has failed
+        workers().wait()
 
 
 if __name__ == "__main__":
