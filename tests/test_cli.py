@@ -80,12 +80,27 @@ def in_no_time(paths: dict[str, Path], example: object, *, threads: int, batches
     return tuple(Timing(name, size, threads, 5, one, one, one) for size in batches for name in paths)
 
 
+def undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Without timing and drawing."""
+    patch.setattr(pipeline, "compare_latency", in_no_time)
+    patch.setattr(reports, "html", lambda report: "<html></html>")
+
+
+def made_in(home: Path, *asked: object) -> Path:
+    """The folder of a finished run, without timing and drawing, and its recipe in the folder above."""
+    shutil.copy(TINY, home / "task.py")
+    with pytest.MonkeyPatch.context() as patch:
+        undrawn(patch)
+        said = typed("compress", home / "task.py", *asked, "--out", home / "run")
+    assert said.code == 0, said
+    return home / "run"
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the work of others that takes long: export, timing and drawing."""
     monkeypatch.setattr(pipeline, "to_onnx", as_one_file)
-    monkeypatch.setattr(pipeline, "compare_latency", in_no_time)
-    monkeypatch.setattr(reports, "html", lambda report: "<html></html>")
+    undrawn(monkeypatch)
 
 
 @pytest.fixture

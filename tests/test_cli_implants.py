@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import RESULTS, TINY, bytes_of, in_no_time, refused, typed
+from test_cli import RESULTS, bytes_of, made_in, refused, typed, undrawn
 
 from curvepress import report as reports
 from curvepress.commands import cli
@@ -23,22 +23,12 @@ WRITTEN = (*RESULTS, "rank_prices.json")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without timing and drawing."""
-    monkeypatch.setattr(pipeline, "compare_latency", in_no_time)
-    monkeypatch.setattr(reports, "html", lambda report: "<html></html>")
+    undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run, and its recipe in the folder above."""
-    home = tmp_path_factory.mktemp("implants")
-    shutil.copy(TINY, home / "task.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", in_no_time)
-        patch.setattr(reports, "html", lambda report: "<html></html>")
-        said = typed("compress", home / "task.py", *ASKED, "--out", home / "run")
-    assert said.code == 0, said
-    return home / "run"
+    return made_in(tmp_path_factory.mktemp("implants"), *ASKED)
 
 
 def test_the_plan_has_implants_within_the_budget_and_the_model_loads(first: Path):

@@ -1,15 +1,13 @@
 """`curvepress compress --rounds`: cut, recover and score again, until the budget; every round on record, and the last one loads."""
 
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY, bytes_of, in_no_time, refused, typed
+from test_cli import bytes_of, made_in, refused, typed, undrawn
 
-from curvepress import report as reports
 from curvepress.commands import cli
 from curvepress.costs import cost
 from curvepress.plan import Plan, kept, lost
@@ -25,22 +23,12 @@ ASKED = ("--params", "0.25", "--rounds", "3", "--samples", "4", "--epochs", "1")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without timing and drawing."""
-    monkeypatch.setattr(pipeline, "compare_latency", in_no_time)
-    monkeypatch.setattr(reports, "html", lambda report: "<html></html>")
+    undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of three rounds, and its recipe in the folder above."""
-    home = tmp_path_factory.mktemp("rounds")
-    shutil.copy(TINY, home / "task.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", in_no_time)
-        patch.setattr(reports, "html", lambda report: "<html></html>")
-        said = typed("compress", home / "task.py", *ASKED, "--out", home / "run")
-    assert said.code == 0, said
-    return home / "run"
+    return made_in(tmp_path_factory.mktemp("rounds"), *ASKED)
 
 
 def desks(first: Path) -> list[cli.Desk]:
