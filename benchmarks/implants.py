@@ -17,7 +17,7 @@ planner's choice of channels and ranks, as ``curvepress compress --implants`` ma
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -45,7 +45,7 @@ from curvepress.training.fitting import fit
 from curvepress_recipes import cifar10 as recipe
 
 FILE = Path(__file__).parent / "results" / "implants.jsonl"
-SHARES = (0.7, 0.5)
+SHARES = (0.7, 0.5, 0.3)
 RETURNED = (0.1, 0.5)
 """Shares of the lost channels that HAP's rule gives 1x1 filters; 0.1 is its default."""
 KINDS = (
@@ -88,17 +88,17 @@ def prices() -> dict[str, dict[int, RankPrice]]:
     return implant_prices(model, recipe.loss, calibration(), structure, stop=Stop(samples=SAMPLES // 2))
 
 
-def measure() -> None:
+def measure(shares: Sequence[float], kinds: Sequence[str]) -> None:
     """Measure every kind and share that has no record yet."""
-    for share in SHARES:
-        for kind in KINDS:
+    for share in shares:
+        for kind in kinds or KINDS:
             print(records.once(FILE, {"share": share, "kind": kind, "epochs": 0}, partial(measured, share, kind)), flush=True)
 
 
-def tune() -> None:
+def tune(shares: Sequence[float], kinds: Sequence[str]) -> None:
     """One epoch of the kinds worth it, whatever has no record yet."""
-    for share in SHARES:
-        for kind in TUNED:
+    for share in shares:
+        for kind in kinds or TUNED:
             print(records.once(FILE, {"share": share, "kind": kind, "epochs": 1}, partial(tuned, share, kind)), flush=True)
 
 
@@ -218,8 +218,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "tune", "table"))
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--kinds", nargs="+", default=[], choices=KINDS)
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    {"measure": measure, "tune": tune, "table": table}[parser.parse_args().what]()
+    if given.what == "table":
+        return table()
+    return {"measure": measure, "tune": tune}[given.what](given.shares, given.kinds)
 
 
 if __name__ == "__main__":
