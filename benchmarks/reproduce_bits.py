@@ -28,7 +28,7 @@ RATIOS = (8.0, 10.67, 12.0)
 MEAN = 6
 SHORT = {"digits": 16, "ResNet-20": 2}
 """Eighths of an epoch of training on grids."""
-LARGE = {"ResNet-20": 0, "ResNet-56": 15, "EfficientNet-Lite0": 12}
+LARGE = {"ResNet-20": 0, "ResNet-56": 11, "EfficientNet-Lite0": 12}
 """How late each network has its turn."""
 NETS = {"digits": Network(digits, {}, 64, 512), **{name: NETWORKS[name] for name in LARGE}}
 
@@ -38,7 +38,7 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     for network, ratio, way, trained in product(NETS, RATIOS, WAYS, (False, True)):
         if (way == "uniform" and ratio not in UNIFORM) or (trained and network not in SHORT):
             continue
-        large = LARGE.get(network, -8)
+        large = LARGE.get(network, -40)
         key = {"part": "hawq", "network": network, "ratio": ratio, "way": way, "eighths": SHORT[network] if trained else 0, "seed": 0}
         yield 1 + large + (4 if trained else 0), key, measured
 

@@ -24,9 +24,9 @@ HOW = {
 """Random vectors and training that a network gets."""
 WHOLE = (
     ("digits", 0.3, "float16", -10),
-    ("ResNet-32", 0.5, "bfloat16", 17),
-    ("ResNet-32", 0.1, "bfloat16", 18),
-    ("ResNet-56", 0.5, "bfloat16", 23),
+    ("ResNet-32", 0.5, "bfloat16", 8),
+    ("ResNet-32", 0.1, "bfloat16", 21),
+    ("ResNet-56", 0.5, "bfloat16", 15),
 )
 """Networks, shares of the parameters, precision of the passes, and rank."""
 NVIT = "reproduce nvit cifar10_vit --latency {left} --samples 32 --eta {eta} --epochs 1 --lr 0.0005 --distill 0 --seed {seed}"
