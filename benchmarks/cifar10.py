@@ -57,7 +57,7 @@ HOW = {
 REPAIRED, DISTILLED, PER = ", repaired", ", distilled", " per parameter"
 """Layers refitted in closed form on calibration images before the fine-tune; the original as its teacher; worth by parameters saved."""
 PEER = "torch-pruning"
-EPOCHS = (0, 1, 3)
+EPOCHS, SHOWN = (0, 1, 3), (0, 1, 3, 10)
 SAMPLES, PROBES = 48, 2
 MULTIPLES = (1, 4, 8, 16)
 
@@ -174,8 +174,8 @@ def table() -> None:
         whole = next(r for r in rows if r["depth"] == depth and r["method"] == "original")
         sizes = f"{whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M multiply-accumulates"
         print(f"\nResNet-{depth}: {whole['accuracy']:.2f} %, {sizes}\n")
-        print("| parameters | score | seeds | after pruning | 1 epoch | 3 epochs | MACs | latency, batch 1 | batch 64 |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| parameters | score | seeds | after pruning | 1 epoch | 3 epochs | 10 epochs | MACs | latency, batch 1 | batch 64 |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         keys = sorted(
             {(r["share"], r["method"]) for r in rows if r["depth"] == depth and "share" in r}, key=lambda k: (-k[0], _order(k[1]))
         )
@@ -189,7 +189,7 @@ def _order(method: str) -> int:
 
 def _line(rows: list[records.Record], whole: records.Record, speeds: dict[str, records.Record]) -> str:
     first, seeds = rows[0], sorted({r["seed"] for r in rows})
-    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in EPOCHS]
+    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in SHOWN]
     raced = [speeds.get(f"resnet{first['depth']}-{first['method']}-{first['share']}-{s}") for s in seeds]
     times = [_spread([r[f"batch{b}"] for r in raced if r], "{:.2f}") for b in (1, 64)]
     macs = mean(r["macs"] for r in rows) / whole["macs"]
