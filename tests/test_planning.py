@@ -122,6 +122,8 @@ def test_a_point_of_the_frontier_becomes_the_plan(run: Path, tmp_path: Path) -> 
     plan = from_json((copy / "plan.json").read_text())
     assert vars(cost(plan)) == points[1]["cost"] and (copy / "frontier.svg").read_text().rstrip().endswith("</svg>")
     assert all(set(p["measured"]) == {"accuracy", "loss"} for p in points)
+    assert all(0 < p["latency"]["low"] <= p["latency"]["median"] <= p["latency"]["high"] for p in points)
+    assert said.out.count("x │") == len(points) and f"{points[0]['latency']['median']:.2f}x" in (copy / "frontier.svg").read_text()
     said = typed("frontier", copy, "--count", 4, "--price-examples", 64, "--pick", 99)
     assert said.code == 1 and "--pick 99: the points of this frontier are 1 to" in said.err
 

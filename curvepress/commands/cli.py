@@ -26,8 +26,8 @@ from ..runs.recipe_files import shipped
 from ..runs.settings import bit_choice, bit_ranges, branch_count, exchange, gently, limits, method_of, quantized_tuning, timing, tuning
 from ..scores import METHODS, SHARED
 from ..stages.findings import read_report
+from ..stages.frontiers import drawn_frontier, picked
 from ..stages.pipeline import assist, costs
-from ..stages.planning import drawn_frontier, picked
 from ..stages.quantizing import QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
 from ..stages.rounds import earlier_rounds, round_count, through
@@ -306,7 +306,7 @@ def frontier(
     """What every size costs: widths, bits and ranks along the frontier of bytes and predicted rise of the loss; a point can be picked."""
     torch.set_num_threads(threads)
     shape, common = {"multiple": multiple, "floor": floor, "whole": whole or []}, {"seed": seed, "threads": threads}
-    settings = {**bit_ranges(bits, activation_bits), **rank_choice(implants, None, None), **shape, "seed": seed}
+    settings = {**bit_ranges(bits, activation_bits), **rank_choice(implants, None, None), **shape, **common}
     with with_scores(source, out, pairs_of(option, data), {"samples": samples, **common}) as (run, task):
         run = kept(run, task, "weigh", {"examples": price_examples, **common}, again=True)
         run = kept(run, task, "truncate", {"examples": price_examples, "temperature": 1.0, **common}, again=True) if implants else run

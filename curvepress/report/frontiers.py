@@ -16,7 +16,8 @@ from .scales import fit
 
 
 def picture(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) -> str:
-    """An SVG file: predicted rise of the loss, with its standard error, over the share of bytes; and the first metric, where measured."""
+    """An SVG file: predicted rise of the loss, with its standard error, over the share of bytes; where measured, also the first metric, and
+    beside each point's number its latency over the original's."""
     share = np.array([p["cost"]["bytes"] / original["bytes"] for p in points])
     rise, error = (np.array([p["predicted"][k] for p in points]) for k in ("rise", "stderr"))
     with style():
@@ -26,7 +27,8 @@ def picture(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) ->
         ax.fill_between(share, np.maximum(rise - error, low), rise + error, color=KEPT, alpha=0.18, linewidth=0)
         ax.plot(share, rise, "--s", color=KEPT, markersize=4)
         for p, x, y in zip(points, share, rise, strict=True):
-            ax.annotate(str(p["number"]), (x, y), (4, 4), textcoords="offset points", fontsize=7)
+            times = f": {p['latency']['median']:.2f}x" if p["latency"] else ""
+            ax.annotate(f"{p['number']}{times}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda r, _: numerals.percent(r)))
         ax.set(xlabel="bytes left", ylabel="predicted rise of the loss")
         if measured := [(x, p["measured"]) for x, p in zip(share, points, strict=True) if p["measured"]]:

@@ -1,40 +1,35 @@
-"""Plans of widths, bits and ranks from the files of a run: prices of bits of its original model, the family of plans, and the frontier."""
+"""Plans of widths, bits and ranks from the files of a run: prices of bits of its original model, and the family of plans."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 from ..bitplan import BitPlan, Multiplication, Wiring
-from ..costs import cost
 from ..curvature import Stop
 from ..files import write_text
 from ..plan import Plan, after, dropped, dumps
 from ..planner.alignment import Shape
 from ..planner.depth import Removal, shorten
-from ..planner.joint import Bitwidths, Choice, Exchange, Family, family, frontier, joint_problem
+from ..planner.joint import Bitwidths, Exchange, Family, family, joint_problem
 from ..planner.wiring import bits_of_plan, wiring
 from ..quantization.allocation import SUM
 from ..quantization.bitwidths import bit_prices, layout_of, prices_from_dict, prices_to_dict
-from ..quantization.quantized import Bits, calibrate, quantize
-from ..report import picture
-from ..runs.artifacts import load_scores, load_structure, read_json
+from ..quantization.quantized import Bits
+from ..runs.artifacts import load_structure, read_json
 from ..runs.desk import Desk
 from ..runs.folder import Run, command
 from ..scores import Scores
 from ..structure import Structure
 from ..surgery.cutting import applied
 from ..training.batchnorm import reestimate
-from .ranking import fitted, rank_prices
+from .ranking import rank_prices
 
 Settings = Mapping[str, Any]
 WEIGHED = {"format": "curvepress prices of bits for a plan", "version": 1}
-FRONTIER = {"format": "curvepress frontier", "version": 1}
-CALIBRATED = 512
-"""Examples that ranges of activations are found on where a point of the frontier is measured."""
 AUTO = "auto"
 """Says that the planner chooses how many branches, and which."""
 SHORTENED = 3
@@ -146,48 +141,6 @@ def rewired(desk: Desk, plan: Plan, product: int) -> Plan:
     keep = {n: c for n, c in plan.keep.items() if n not in inner}
     weights = {n: b for n, b in plan.bits.weights.items() if n not in gone}
     return Plan(plan.structure, keep, plan.skip, plan.implants, BitPlan(weights, sites, wired))
-
-
-def frontier_points(desk: Desk, choices: list[Choice], *, measure: bool, seed: int) -> Iterator[dict[str, Any]]:
-    """The choices as data; measured, if asked, on the validation split without training: pruned, statistics re-estimated, rounded."""
-    for n, choice in enumerate(choices):
-        parts = asdict(choice.predicted) | {"rise": choice.predicted.rise}
-        measured = measured_without_training(desk, choice.plan, seed) if measure else None
-        desk.progress("plans", n + 1, len(choices))
-        yield {"number": n + 1, "cost": asdict(choice.cost), "predicted": parts, "measured": measured}
-
-
-def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, float]:
-    """Metrics of a plan on the validation split as it is made, with statistics re-estimated and everything rounded, nothing trained."""
-    recipe = desk.recipe
-    small = fitted(desk, applied(desk.original(), plan, *recipe.inputs()).model, plan, CALIBRATED, seed)
-    small = reestimate(small, recipe.batches("calibration", seed=seed)).eval()
-    if plan.bits is not None:
-        module = quantize(small, bits_of_plan(plan), recipe.inputs())
-        small = calibrate(module, recipe.batches("calibration", seed=seed + 1), examples=CALIBRATED).eval()
-    return dict(recipe.metrics(small, "validation"))
-
-
-def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool) -> tuple[list[Choice], dict[str, Any]]:
-    """The frontier of a run by bytes, and the same as data, which is written to ``frontier.json`` and drawn in ``frontier.svg``."""
-    structure = load_structure(desk.path("structure.json"))
-    choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
-    points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
-    data: dict[str, Any] = {"original": cost(Plan(structure)).known(), "points": points}
-    write_text(desk.path("frontier.json"), dumps({**FRONTIER, **data}))
-    write_text(desk.path("frontier.svg"), picture(points, data["original"]))
-    return choices, data
-
-
-def picked(choices: list[Choice], number: int) -> Plan:
-    """The plan of a point of the frontier, by its number in the table.
-
-    Raises:
-        ValueError: if there is no such point.
-    """
-    if not 1 <= number <= len(choices):
-        raise ValueError(f"--pick {number}: the points of this frontier are 1 to {len(choices)}")
-    return choices[number - 1].plan
 
 
 def given_bits(plan: Plan) -> str:

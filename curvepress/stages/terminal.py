@@ -130,15 +130,17 @@ def show_frontier(points: Sequence[Mapping[str, Any]], original: Mapping[str, An
     """A table of the points of a frontier, and where its files are."""
     names = [k for k in ("bytes", "params", "macs", "bops") if k in original]
     metrics = list(points[0]["measured"] or {}) if points else []
-    columns = [*names, "predicted rise", *metrics]
+    timed = ["latency"] if metrics else []
+    columns = [*names, *timed, "predicted rise", *metrics]
     table = Table("", *(Column(k, justify="right", no_wrap=True) for k in columns))
     for p in points:
         shares = [f"{p['cost'][k] / original[k]:.1%}" if original[k] else "-" for k in names]
         found = [f"{(p['measured'] or {})[m]:.4g}" for m in metrics]
-        table.add_row(str(p["number"]), *shares, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *found)
+        times = [f"{p['latency']['median']:.2f}x" for _ in timed]
+        table.add_row(str(p["number"]), *shares, *times, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *found)
     console.print(table)
     if metrics:
-        say("measured on the validation split: pruned and rounded, nothing trained")
+        say("measured on the validation split: pruned and rounded, nothing trained; latency: ratio to the original, ONNX Runtime, batch 1")
     say(f"files: {folder / 'frontier.json'}, {folder / 'frontier.svg'}")
 
 
