@@ -28,7 +28,7 @@ from ..scores import METHODS, SHARED
 from ..stages.findings import read_report
 from ..stages.frontiers import drawn_frontier, picked
 from ..stages.pipeline import assist, costs
-from ..stages.quantizing import QUANTIZED, check_choice, check_exports
+from ..stages.quantizing import CHOSEN, PRICED, QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
 from ..stages.rounds import earlier_rounds, round_count, through
 from ..stages.sessions import (
@@ -339,9 +339,9 @@ def quantize(
     common = {"seed": seed, "threads": threads}
     settings: dict[str, dict[str, Any]] = {
         "load": {"source": str(Path(source).resolve()) if files else None, "files": files, "threads": threads},
-        "price": {"price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
+        "price": {**PRICED, "price": price, "examples": price_examples, "temperature": temperature, "in_float": in_float or [],
                   "asymmetric": asymmetric, "per_tensor": per_tensor, "float_sums": bits_file is None, **common},
-        "choose": {**choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric, "per_tensor": per_tensor},
+        "choose": {**CHOSEN, **choice, "group": group, "dynamic": dynamic, "asymmetric": asymmetric, "per_tensor": per_tensor},
         "quantize": {**quantized_tuning(task, {"epochs": epochs, "lr": lr, "distill": distill}), "rounding": rounding,
                      "ranges": ranges, "calibration": calibration, **common},
         "deploy": {"batches": list(BATCHES), "exports": sorted({"onnx", *(exports or [])}), **common},

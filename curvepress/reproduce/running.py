@@ -13,7 +13,7 @@ from ..runs.folder import FLOWS, QUANTIZATION, REPRODUCTION, Run
 from ..runs.recipe import Recipe
 from ..runs.settings import tuning
 from ..stages.pipeline import Stage
-from ..stages.quantizing import source_files
+from ..stages.quantizing import CHOSEN, PRICED, source_files
 from ..stages.sessions import BATCHES, kept, started
 from . import ehap, hap, hawq_v2, nvit
 from .accounts import accounted
@@ -150,7 +150,6 @@ def _bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any], commo
 
 def _eight_bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any], common: Mapping[str, Any]) -> Mapping[str, Any]:
     """EHAP's: eight bits for all, trained for a while."""
-    free = dict.fromkeys(("average", "bytes", "bops", "given", "group"))
     training = {
         "epochs": chosen["qat_epochs"],
         "lr": chosen["qat_lr"],
@@ -162,25 +161,8 @@ def _eight_bits(asked: Asked, desk: Desk, stage: str, chosen: Mapping[str, Any],
     precision = {"precision": p} if (p := asked.recovery.get("precision")) else {}
     return {
         "load": {"source": str(desk.run.folder.resolve()), "files": dict(source_files(desk.run.folder)), "threads": asked.threads},
-        "price": {
-            "price": "trace",
-            "examples": 256,
-            "temperature": 1.0,
-            "in_float": [],
-            "asymmetric": False,
-            "per_tensor": False,
-            "float_sums": False,
-            **common,
-        },
-        "choose": {
-            **free,
-            "bits": chosen["bits"],
-            "activations": [8],
-            "target": "storage",
-            "dynamic": False,
-            "asymmetric": False,
-            "per_tensor": False,
-        },
+        "price": {**PRICED, "price": "trace", "examples": 256, **common},
+        "choose": {**CHOSEN, "bits": chosen["bits"]},
         "quantize": {**tuning(desk.recipe, {**training, **precision}), **_GRIDS, "ranges": chosen["ranges"], **common},
         "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},
     }[stage]

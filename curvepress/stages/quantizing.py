@@ -46,6 +46,15 @@ COMPARED = 256
 EXPORTS = ("onnx", "openvino", "pt2")
 """``onnx`` is written in any case, ``openvino`` reads the same file, ``pt2`` is a program of ``torch.export``."""
 BUDGETS = ("bytes", "average", "bops", "rise")
+PRICED: Settings = {
+    "price": "direction", "examples": 512, "temperature": 1.0, "in_float": [], "float_sums": False,
+    "asymmetric": False, "per_tensor": False,
+}  # fmt: skip
+CHOSEN: Settings = {
+    **dict.fromkeys(("bits", "average", "bytes", "bops", "rise", "given", "group")), "activations": [8], "target": "storage",
+    "dynamic": False, "asymmetric": False, "per_tensor": False,
+}  # fmt: skip
+"""What the stages ``price`` and ``choose`` do where nothing else is said."""
 Model = tuple[nn.Module, Plan | None]
 
 

@@ -21,7 +21,7 @@ from ..runs.folder import QUANTIZATION, Run, create, open_run, require, sweep
 from ..runs.recipe import Recipe, load_recipe
 from .pipeline import Stage, keep_stage, left_over, run_stage
 from .planning import given_bits
-from .quantizing import QUANTIZED, source_files
+from .quantizing import CHOSEN, PRICED, QUANTIZED, source_files
 from .terminal import bars, say, show_quantized, tell
 
 BATCHES = (1, 64)
@@ -149,18 +149,13 @@ def quantized_as_planned(
     """The compressed model with as many bits as its plan has, spread anew by prices of what has recovered, by the stages of `quantize`,
     in the same folder."""
     common = {k: settings["fit"][k] for k in ("seed", "threads")}
-    price = {"price": "direction", "examples": settings["weigh"]["examples"], "temperature": 1.0, "in_float": [],
-             "asymmetric": False, "per_tensor": False, "float_sums": False, **common}  # fmt: skip
-    free, asked = dict.fromkeys(("bits", "average", "bytes", "bops", "rise")), settings["plan"]
+    asked = settings["plan"]
     spread = {"left": {"bytes": 0, **left_over(Desk(run, task), asked, ("bytes", "bops"))}, "weights": asked["bits"],
               "activations": asked["activation_bits"]}  # fmt: skip
     stages: dict[str, dict[str, Any]] = {
         "load": {"source": str(run.folder.resolve()), "files": dict(source_files(run.folder)), "threads": common["threads"]},
-        "price": price,
-        "choose": {
-            **free, "given": given_bits(Desk(run, task).plan()), "spread": spread, "activations": [8], "target": "storage", "group": None,
-            "dynamic": False, "asymmetric": False, "per_tensor": False,
-        },
+        "price": {**PRICED, "examples": settings["weigh"]["examples"], **common},
+        "choose": {**CHOSEN, "given": given_bits(Desk(run, task).plan()), "spread": spread},
         "quantize": {**training, "rounding": "adaptive", "ranges": "mse", "calibration": 512},
         "deploy": {"batches": list(BATCHES), "exports": ["onnx"], **common},
     }  # fmt: skip
