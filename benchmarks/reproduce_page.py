@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import records, reproduce, reproduce_plots
 from benchmarks.reproduce_channels import AGREED, LEFT, NETS, SHOWN, TRACES, borrowed
 from benchmarks.reproduce_pipelines import VIT
+from benchmarks.reproduce_verdict import verdict
 from curvepress.files import write_text
 from curvepress.reproduce import SYSTEMS, Preset
 
@@ -209,6 +210,7 @@ def results(found: dict[str, Rows]) -> str:
         )
         plot = f"\n\n![{title}](results-{part}.svg)" if part in reproduce_plots.PLOTS and found[part] else ""
         parts.append(f"## {title}\n\n{body}{plot}")
+    parts.insert(1, f"## In short\n\n{verdict(found, table)}")
     return "\n\n".join([*parts, f"## What was left out\n\n{left_out(found)}", f"## Where it was measured\n\n{places(found)}"]) + "\n"
 
 

@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from curvepress.reproduce.accounts import accounts
+from curvepress.runs.desk import Desk
+from curvepress.stages.sessions import continued
 from curvepress_recipes.weights import file_of
 
 Key = Mapping[str, Any]
@@ -29,6 +33,8 @@ WHOLE = (
     ("ResNet-56", 0.5, "bfloat16", 15),
 )
 """Networks, shares of the parameters, precision of the passes, and rank."""
+EIGHT = "compress {recipe} --params {left} --bits 8 {how} --distill 0 --seed {seed}"
+"""Our own way to eight bits, with EHAP's recovery."""
 NVIT = "reproduce nvit cifar10_vit --latency {left} --samples 32 --eta {eta} --epochs 1 --lr 0.0005 --distill 0 --seed {seed}"
 OURS = (
     "compress cifar10_vit --latency {left} --method {method} --samples 32 --repair-examples {repair} --epochs 1 --lr 0.0005 "
@@ -50,6 +56,9 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     for network, left, precision, rank in WHOLE:
         command = EHAP.format(recipe=RECIPES[network], left=left, precision=precision, how=HOW[network], seed=0)
         yield rank, {"part": "pipeline", "network": network, "left": left, "seed": 0, "command": command}, ran
+        training = HOW[network].partition(" ")[2].replace("arithmetic", "precision")
+        own = EIGHT.format(recipe=RECIPES[network], left=left, how=training, seed=0)
+        yield rank, {"part": "pipeline", "network": network, "left": left, "seed": 0, "command": own}, ran
     for way, command, options in VIT:
         full = command.format(left=0.6, seed=0, **options)
         yield 7, {"part": "nvit", "way": way, "left": 0.6, "seed": 0, "command": full}, ran
@@ -62,25 +71,15 @@ def able(key: Key) -> bool:
 
 def ran(key: Key) -> records.Record:
     """The figures that a command leaves in its folder, which goes afterwards; interrupted, the same command goes on in it."""
-    name = "-".join(str(v) for k, v in key.items() if k != "command").replace(" ", "_").replace(",", "")
+    parts = (key["command"].partition(" ")[0], *(str(v) for k, v in key.items() if k != "command"))
+    name = "-".join(parts).replace(" ", "_").replace(",", "")
     folder = MODELS / name
     subprocess.run([sys.executable, "-m", "curvepress", *key["command"].split(), "--out", str(folder)], check=True)
     if (folder / "reproduction.json").exists():
         facts = json.loads((folder / "reproduction.json").read_text())
         found = {k: facts[k] for k in ("stages", "facts", "settings", "seconds")}
     else:
-        found = _compressed(json.loads((folder / "metrics.json").read_text()))
+        with continued(folder) as (run, task):
+            found = {"stages": [asdict(a) for a in accounts(Desk(run, task), 1)]}
     shutil.rmtree(folder)
     return found
-
-
-def _compressed(metrics: Mapping[str, Any]) -> records.Record:
-    """The figures of `compress` in the form of those of `reproduce`."""
-    small, test = metrics["cost"]["compressed"], metrics["test"]
-    times = {str(t["batch"]): [t["ratio"][q] for q in ("low", "median", "high")] for t in metrics["latency"]}
-    whole = {"stage": "original", "test": test["original"], "latency": {}, **_size(metrics["cost"]["original"])}
-    return {"stages": [whole, {"stage": "fine-tuned", "test": test["recovered"], "latency": times, **_size(small)}]}
-
-
-def _size(cost: Mapping[str, Any]) -> records.Record:
-    return {k: cost[k] for k in ("params", "macs", "bytes")}

@@ -222,3 +222,10 @@ def test_the_frontier_falls_in_bytes_as_it_rises_in_loss() -> None:
     assert len(points) > 3
     for one, other in pairwise(points):
         assert one.cost.bytes > other.cost.bytes and one.predicted.rise < other.predicted.rise
+
+
+def test_a_budget_is_met_where_nothing_costs_anything_and_bits_leave_no_choice() -> None:
+    structure, scores, prices, wired = everything(*residual())
+    zeros = replace(scores, values={g: np.zeros_like(v) for g, v in scores.values.items()})
+    found = search_jointly(structure, zeros, prices, wired, at_most(params=0.3), bits=Bitwidths((8,)))
+    assert found.cost.params <= 0.3 * cost(Plan(structure)).params

@@ -73,7 +73,8 @@ def sweep(problem: Problem, mix: np.ndarray, *, whole: bool = False) -> Moves:
 def _prices(problem: Problem, mix: np.ndarray) -> Iterator[float]:
     """Those at which about as many moves each are worth while, judged at the start; then rising ones, as savings shrink; then any."""
     ratios = np.sort(_first_ratios(problem, mix))
-    if not len(ratios):
+    if not len(ratios):  # nothing costs anything: all goes at once
+        yield np.inf
         return
     low = np.quantile(ratios, np.linspace(0, 1, min(PRICES, len(ratios))))
     yield 0.0

@@ -46,14 +46,26 @@ class Account:
 
 def accounted(desk: Desk, settings: Mapping[str, Any]) -> None:
     """The work of the last stage: the figures of all others, the test images of the integer file, and latency of all files in turns."""
-    pruned, quantized = desk.path("pruned.json").exists(), desk.path("quantized.json").exists()
-    times = _raced(desk, settings["threads"])
-    rows = [*(_pruned(desk, times) if pruned else ()), *(_quantized(desk, times, first=not pruned) if quantized else ())]
-    facts = {**shares(desk.plan())} if pruned else {}
-    facts |= {"average bits": read_json(desk.path("quantized.json"), QUANTIZED)["choice"]["average"]} if quantized else {}
+    rows = accounts(desk, settings["threads"])
+    facts = {**shares(desk.plan())} if _pruned_at_all(desk) else {}
+    facts |= {"average bits": read_json(desk.path("quantized.json"), QUANTIZED)["choice"]["average"]} if _quantized_at_all(desk) else {}
     about = {k: settings[k] for k in ("system", "corrected", "settings", "more", "seed")}
     done = {"stages": [asdict(r) for r in rows], "facts": facts, "seconds": {n: e.taken for n, e in desk.run.stages.items()}}
     write_text(desk.path("reproduction.json"), dumps({**REPRODUCTION, **about, **done, "environment": environment(desk.run.stages)}))
+
+
+def accounts(desk: Desk, threads: int) -> list[Account]:
+    """The stages of any run that has pruned or quantized, or both; the test images are looked at, and all files timed in turns."""
+    times, pruned = _raced(desk, threads), _pruned_at_all(desk)
+    return [*(_pruned(desk, times) if pruned else ()), *(_quantized(desk, times, first=not pruned) if _quantized_at_all(desk) else ())]
+
+
+def _pruned_at_all(desk: Desk) -> bool:
+    return desk.path("pruned.json").exists()
+
+
+def _quantized_at_all(desk: Desk) -> bool:
+    return desk.path("quantized.json").exists()
 
 
 def _pruned(desk: Desk, times: Mapping[str, Any]) -> Iterator[Account]:
