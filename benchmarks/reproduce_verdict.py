@@ -85,9 +85,10 @@ def verdict(found: Mapping[str, Rows], table: Callable[[Sequence[str], Sequence[
     rows: list[Any] = list(contests(found))
     behind = [c for c in rows if c.lead < 0]
     said = (
-        f"At {len(rows)} budgets there is curvepress's own way beside published systems or baselines, with the same recovery. It is "
-        f"level with or ahead of the best of them at {len(rows) - len(behind)} and behind at {len(behind)} (in bold). The best of several others at one seed is "
-        "a hard mark: differences below half a point are within the spread of seeds on these networks."
+        f"At {len(rows)} budgets there is curvepress's own way beside published systems or baselines, with the same recovery. "
+        f"It is level with the best of them or ahead at {len(rows) - len(behind)}, and behind at {len(behind)} (in bold). "
+        "The best of several others at one seed is a hard mark: "
+        "differences below half a point are within the spread of seeds on these networks."
     )
     lines = []
     for c in rows:
