@@ -21,15 +21,25 @@ def failure(model: nn.Module, example: torch.Tensor) -> str:
 def prune(model: nn.Module, example: torch.Tensor, share: float) -> nn.Module:
     """The network with at most ``share`` of its parameters, by global group L2 magnitude over the inner channels of the blocks.
 
-    Torch-Pruning crashes on the groups that a padded shortcut couples, so the residual stream is left whole.
+    Torch-Pruning crashes on the groups that a padded shortcut couples, so the residual stream is left whole.  Beyond some ratio it cuts
+    next to nothing, without a word: the least ratio that is enough is looked for from below.
+
+    Raises:
+        ValueError: if no ratio is enough.
     """
     residual = [m for n, m in model.named_modules() if n in ("conv1", "linear") or n.endswith("conv2")]
-    whole = sum(p.numel() for p in model.parameters())
-    low, high = 0.0, 0.99
-    for _ in range(12):
+    limit = share * sum(p.numel() for p in model.parameters())
+
+    def enough(ratio: float) -> bool:
+        return sum(p.numel() for p in _pruned(model, example, ratio, residual).parameters()) <= limit
+
+    high = next((r / 100 for r in range(1, 100) if enough(r / 100)), None)
+    if high is None:
+        raise ValueError(f"Torch-Pruning cannot leave {share:.0%} of the parameters by the inner channels; allow more")
+    low = high - 0.01
+    for _ in range(6):
         middle = (low + high) / 2
-        left = sum(p.numel() for p in _pruned(model, example, middle, residual).parameters())
-        low, high = (low, middle) if left <= share * whole else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return _pruned(model, example, high, residual)
 
 

@@ -102,7 +102,7 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
         wanted = network == "digits" or not seed or (seed == 1 and network == "ResNet-20")
         if wanted and (way in few or network in ("digits", "ResNet-20")):
             key = {"part": "hap", "network": network, "seed": seed, "left": left, "way": way, "epochs": NETS[network].epochs}
-            if (network, seed, left, way) not in known and (network != "digits" or way != PEER):
+            if (network, seed, left, way) not in known and (way != PEER or (network != "digits" and left > LEFT[-1])):
                 yield rank + LEFT.index(left), key, recovered
     for network, seed in product(("digits", "ResNet-32", "ResNet-56"), range(3)):
         if network == "digits" or seed < 2:

@@ -170,7 +170,8 @@ NOTES = {
     "comparable with one another only. *As released*: three random vectors on 336 images. *Corrected*: the exact trace on 512 images, "
     "which 300 vectors approach. curvepress's ways refit what is left in closed form before the fine-tune, after two of its scores "
     "(`reconstruction` at temperature 4). The fine-tune is one epoch on CIFAR-10 and five on the digits, where every seed is another "
-    "network. Accuracy on the test images; mean over seeds ± half the spread.",
+    "network. Torch-Pruning crashes on groups that padded shortcuts couple, and the inner channels alone cannot leave a tenth. "
+    "Accuracy on the test images; mean over seeds ± half the spread.",
     "heads": "MiniLM, the same short recovery for every score; printed also by `python -m benchmarks.transformers table`.",
     "agreement": "The same random vectors on the same images in every precision; *other vectors* is full precision again, which tells how "
     "much 32 of them settle at all; *released scale* is EHAP's, of which one vector is left. *Same channels* is the share of those that "
