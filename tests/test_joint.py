@@ -200,6 +200,8 @@ def test_the_nearest_to_budgets_out_of_reach_is_the_least_of_what_is_limited() -
     with pytest.raises(ValueError, match="no plan fits") as error:
         choose(candidates, at_most(macs=2))
     assert f"macs {int(candidates.costs[:, COSTS.index('macs')].min()):,} (" in str(error.value)
+    with pytest.raises(ValueError, match=r"\(\d.*; too much is still macs\. Allow more"):
+        choose(candidates, at_most(macs=2, params=0.9))
 
 
 def test_the_predicted_rise_is_the_sum_of_its_parts() -> None:
