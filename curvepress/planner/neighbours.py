@@ -18,6 +18,7 @@ from .tradeoffs import Problem, State
 
 WORK = 40_000_000
 """Elements of arrays that are looked at, about: a second.  So a large problem, where one decision hardly counts, is left as it is."""
+FEW = 16
 STEPS = (-1, 1)
 """A decision goes on by one rung or column, or back."""
 BATCH = 200_000
@@ -57,9 +58,9 @@ def joined(parts: Sequence[Points]) -> Points:
 
 
 def room(problem: Problem) -> int:
-    """Of how many choices the neighbours may be looked at."""
-    full = problem.full()
-    return WORK // max(_size(problem) * len(STEPS) * sum(len(own) for own in vars(full).values()), 1)
+    """Of how many choices the neighbours may be looked at; of none where that would be too few to matter."""
+    count = WORK // max(_size(problem) * len(STEPS) * sum(len(own) for own in vars(problem.full()).values()), 1)
+    return count if count >= FEW else 0
 
 
 def nearby(problem: Problem, start: Points, mixes: Sequence[np.ndarray]) -> Points:

@@ -227,7 +227,8 @@ class Problem:
 
 def _sums(index: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """Of the last axis, by index."""
-    lead = values.shape[:-1]
+    if not (lead := values.shape[:-1]):
+        return np.bincount(index, values, count)
     first = np.arange(prod(lead)).reshape(*lead, 1) * count
     return np.bincount((index + first).ravel(), values.ravel(), prod(lead) * count).reshape(*lead, count)
 
