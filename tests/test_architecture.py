@@ -62,6 +62,7 @@ WITHOUT_TORCH = {
     "planner.exactly",
     "planner.joint",
     "planner.ladders",
+    "planner.neighbours",
     "planner.ranks",
     "planner.rounds",
     "planner.sweep",

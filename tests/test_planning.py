@@ -142,6 +142,9 @@ def test_a_point_of_the_frontier_becomes_the_plan(run: Path, tmp_path: Path) -> 
         (("--bytes", "50%", "--branches", "some"), "--branches must be a whole number or auto; got 'some'"),
         (("--bytes", "50%", "--bits", "8", "--branches", "auto"), "--branches auto: this model has no residual branches"),
         (("--bytes", "50%", "--bits", "8", "--branches", 1), "this model has 0 residual branches"),
+        (("--bytes", "50%", "--bits", "8", "--implants", "--exact", 5), "--exact cannot be had beside --implants"),
+        (("--latency", "50%", "--bits", "8", "--exact", 5), "--exact cannot be had beside --latency"),
+        (("--bytes", "50%", "--bits", "8", "--activation-bits", "4,8", "--exact", 5), "--exact cannot be had beside several --activation-"),
         (("--bytes", "1%", "--bits", "2-8", "--price-examples", 64), "the smallest that widths and bits can make this model is"),
     ],
 )
@@ -149,3 +152,21 @@ def test_what_cannot_be_is_said(asked: tuple[object, ...], message: str, tmp_pat
     shutil.copy(TINY, tmp_path / "task.py")
     said = typed("compress", tmp_path / "task.py", "--out", tmp_path / "run", *asked)
     assert said.code == 1 and message in said.err
+
+
+@pytest.mark.parametrize("asked", [("--bits", "4"), ("--implants",), ("--exact", 5)])
+def test_scores_that_only_rank_are_refused_before_any_work(asked: tuple[object, ...], tmp_path: Path) -> None:
+    shutil.copy(TINY, tmp_path / "task.py")
+    said = typed("compress", tmp_path / "task.py", "--out", tmp_path / "run", "--bytes", "50%", "--method", "magnitude", *asked)
+    assert said.code == 1 and f"--method magnitude only ranks channels, and {asked[0]} weighs them" in said.err
+    assert "or choose one of mask_curvature, reconstruction" in said.err and not (tmp_path / "run").exists()
+
+
+def test_the_best_plan_is_proven_on_the_command_line(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.copy(TINY, tmp_path / "task.py")
+    said = typed("plan", copy, "--params", 0.5, "--multiple", 4, "--exact", 30)
+    assert said.code == 0 and "no plan within the budget has one below" in said.out
+    plan = from_json((copy / "plan.json").read_text())
+    assert plan.keep and cost(plan).params <= 0.5 * cost(Plan(plan.structure)).params
+    assert all(len(own) % 4 == 0 for own in plan.keep.values())

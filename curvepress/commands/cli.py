@@ -31,6 +31,7 @@ from ..stages.pipeline import assist, costs
 from ..stages.quantizing import CHOSEN, PRICED, QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
 from ..stages.rounds import earlier_rounds, round_count, through
+from ..stages.searching import exact_choice, weighing
 from ..stages.sessions import (
     BATCHES,
     continued,
@@ -149,7 +150,7 @@ def compress(
     probes: Probes = 4, temperature: Temperature = 1.0, per: Per = None,
     multiple: Multiple = 1, floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
     bops: PlanBops = None, bits: PlanBits = None, activation_bits: PlanActivations = None,
-    implants: options.Implants = False, exchanged: options.Exchanged = None, rounds: options.Rounds = 1,
+    implants: options.Implants = False, exact: options.Exact = None, exchanged: options.Exchanged = None, rounds: options.Rounds = 1,
     price_examples: options.PlanExamples = 512, repair_examples: Examples = EXAMPLES, epochs: Epochs = None, lr: Lr = None,
     optimizer: Optimizer = None, schedule: Schedule = None, milestones: Milestones = None, weight_decay: WeightDecay = None,
     distill: Distill = None, precision: Precision = None, qat_epochs: QatEpochs = 0, seed: Seed = 0, threads: Threads = 1,
@@ -159,13 +160,14 @@ def compress(
     the same command goes on."""
     budget = {**limits(params, bytes, macs, bops=bops, latency=latency), **timing(latency, runtime, batch, threads)}
     chosen, low = bit_ranges(bits, activation_bits), rank_choice(implants, latency, per)
+    proof = exact_choice(exact, {"--latency": latency, "--implants": implants, "--per": per}, chosen)
     rates = exchange(exchanged or [], {**chosen, **low})
     rounds = round_count(rounds, latency, bits=bits, implants=implants, branches=branches)
     task = load_recipe(recipe, pairs_of(option, data))
     recovery = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "schedule": schedule, "milestones": milestones,
                 "weight_decay": weight_decay, "distill": distill, "precision": precision}  # fmt: skip
     common = {"seed": seed, "threads": threads}
-    method = method_of(method, repaired=repair_examples > 0 and not chosen)
+    method = method_of(method, repaired=repair_examples > 0 and not chosen, weighed=weighing(chosen, low, proof))
     scoring = {"method": method, "samples": samples, "reliability": reliability, "seconds": max_seconds, "estimator": estimator,
                "precision": score_precision, "probes": probes, "temperature": temperature}  # fmt: skip
     count = branch_count(branches, chosen)
@@ -175,7 +177,7 @@ def compress(
         "score": {**scoring, **common},
         **({"weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common}} if chosen else {}),
         **({"truncate": {"examples": price_examples, "temperature": temperature, **common}} if low else {}),
-        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **low, **rates},
+        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **low, **proof, **rates},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -232,12 +234,13 @@ def plan(
     folder: Folder, params: Params = None, bytes: Bytes = None, macs: Macs = None,
     latency: Latency = None, runtime: Runtime = "onnxruntime", batch: Batch = 1, per: Per = None, multiple: Multiple = 1,
     floor: Floor = 0.05, whole: options.Whole = None, aligned: options.Aligned = False, branches: Branches = "0",
-    implants: options.Implants = False, threads: Threads = 1,
+    implants: options.Implants = False, exact: options.Exact = None, threads: Threads = 1,
 ) -> None:  # fmt: skip
     """Decide which channels stay, and with --implants ranks; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
     settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
-                "branches": branch_count(branches, {}), **rank_choice(implants, latency, per)}  # fmt: skip
+                "branches": branch_count(branches, {}), **rank_choice(implants, latency, per),
+                **exact_choice(exact, {"--latency": latency, "--implants": implants, "--per": per}, {})}  # fmt: skip
     with continued(folder) as (run, task):
         run = done(run, task, "plan", settings)
         show_costs(*costs(Desk(run, task)))

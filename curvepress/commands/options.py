@@ -45,6 +45,10 @@ Implants = Annotated[
     bool, _in(BUDGET, "let weights be replaced by two of low rank, where that costs less than channels do; needs no bits", "--implants")
 ]
 Rounds = Annotated[int, _in(BUDGET, "cut, repair and fine-tune so many times, each time scoring what is left anew; channels alone", min=1)]
+Exact = Annotated[
+    float | None,
+    _in(BUDGET, "prove the best plan of channels and bits by integer programming, in so many seconds at most", "--exact", min=0.1),
+]
 Exchanged = Annotated[
     list[str] | None,
     _in(

@@ -206,7 +206,10 @@ def unreachable(smallest: Cost, whole: Cost, budget: Budget, way_out: str, *, by
     sizes = ((budget.of if isinstance(budget, AtMost) else None) or whole).known()
     least = ", ".join(f"{k} {written(k, v)} ({v / (sizes[k] or 1):.1%})" for k, v in smallest.known().items())
     made = f"that {by} can make this model is" if by else "this model can be made is"
-    return f"no plan fits the budget ({_described(budget)}); the smallest {made}: {least}. Allow more, or {way_out}"
+    limits = budget.absolute(whole) if isinstance(budget, AtMost) else {}
+    missed = [k for k, v in limits.items() if smallest.known().get(k, 0) > v]
+    still = f"; too much is still {' and '.join(missed)}" if len(limits) > 1 and missed else ""
+    return f"no plan fits the budget ({_described(budget)}); the smallest {made}: {least}{still}. Allow more, or {way_out}"
 
 
 def _described(budget: Budget) -> str:

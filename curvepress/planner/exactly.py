@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import coo_matrix
 
 from ..bitplan import FLOAT
+from ..costs import Cost, cost
+from ..plan import Plan
 from ..solver import solved
+from .channels import AtMost
+from .joint import Choice, Family, choose, chosen
 from .tradeoffs import COSTS, Problem, State
 
 MOST = 200_000
 """Combinations of widths and bits in one program, at most."""
+CHUNK = 1024
+"""Combinations that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,35 @@ def exact(problem: Problem, limits: Mapping[str, float], seconds: float = 60.0) 
     Raises:
         ValueError: if the problem is too large, leaves a choice of activations or of ranks, or nothing fits.
     """
+    check(problem)
+    return _solved(problem, list(_blocks(problem)), limits, seconds)
+
+
+def check(problem: Problem) -> None:
+    """See whether a problem can be solved exactly; it raises as :func:`exact` does."""
     if problem.ranks.names:
         raise ValueError("the exact plan does not choose ranks of implants; make the problem without them")
     if problem.activations.names and np.isfinite(problem.activations.rise).sum() > len(problem.activations.names):
         raise ValueError("the exact plan takes one number of bits for all activations; allow one, such as 8")
-    blocks = list(_blocks(problem))
-    if (size := sum(len(b.combinations) for b in blocks)) > MOST:
+    if (size := sum(prod(len(_choices(problem, v)) for v in variables) for _, variables in _tensors(problem))) > MOST:
         raise ValueError(
             f"an exact plan would look at {size:,} combinations, more than {MOST:,}; hold widths to larger multiples, or allow fewer bits"
         )
-    return _solved(problem, blocks, limits, seconds)
+
+
+def best(family: Family, budget: AtMost, seconds: float, measure: Callable[[Plan], Cost] = cost) -> tuple[Choice, float]:
+    """The proven choice within a budget, or that of the family where the solver has no better one in this time; and the lower bound.
+
+    Raises:
+        ValueError: if latency is limited, or as :func:`~.joint.choose` and :func:`exact` do.
+    """
+    ours, problem = choose(family, budget, measure), family.problem
+    whole = measure(Plan(problem.structure))
+    if "latency" in budget.limits:
+        raise ValueError("the exact plan knows no measured times; limit params, bytes, macs or bops instead")
+    found = exact(problem, budget.absolute(whole), seconds)
+    proven = chosen(problem, found.state, problem.rises(found.state), measure)
+    return proven if budget(proven.cost, whole) and proven.predicted.rise < ours.predicted.rise else ours, found.bound
 
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
@@ -69,6 +95,13 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
         taken = np.array(list(product(range(len(ladder.widths)), *(_choices(problem, v) for v in around))))
         rise = np.where(taken[:, 1:].any(axis=1), 0.0, ladder.rises[taken[:, 0]])
         yield _Block((("ladder", n), *around), taken, rise, np.zeros((len(taken), len(COSTS))))
+    for tensor, variables in _tensors(problem):
+        yield _block(problem, tensor, variables)
+
+
+def _tensors(problem: Problem) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    """The tensors that are not always the same, each with the choices it depends on."""
+    a = problem.arrays
     ladders_of: dict[int, list[int]] = {}
     for site, ladder_index in zip(a["site"].tolist(), a["ladder"].tolist(), strict=True):
         ladders_of.setdefault(int(a["tensor"][site]), []).append(ladder_index)
@@ -78,22 +111,22 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
         bits = weights.get(tensor, scales.get(tensor))
         variables = [("ladder", n) for n in dict.fromkeys(ladders_of.get(tensor, []))] + ([("weight", bits)] if bits is not None else [])
         if variables:
-            yield _block(problem, tensor, variables)
+            yield tensor, variables
 
 
 def _block(problem: Problem, tensor: int, variables: list[tuple[str, int]]) -> _Block:
     full = problem.full()
     base_cost, base_rise = _alone(problem, tensor, full)
-    combinations = list(product(*(_choices(problem, v) for v in variables)))
+    combinations = np.array(list(product(*(_choices(problem, v) for v in variables))))
     costs, rises = [], []
-    for combination in combinations:
-        rungs, columns = full.rungs.copy(), full.weights.copy()
-        for (kind, n), chosen in zip(variables, combination, strict=True):
-            (rungs if kind == "ladder" else columns)[n] = chosen
-        found = _alone(problem, tensor, replace(full, rungs=rungs, weights=columns))
+    for part in np.array_split(combinations, np.arange(CHUNK, len(combinations), CHUNK)):
+        rungs, columns, *others = (np.tile(own, (len(part), 1)) for own in vars(full).values())
+        for place, (kind, n) in enumerate(variables):
+            (rungs if kind == "ladder" else columns)[:, n] = part[:, place]
+        found = _alone(problem, tensor, State(rungs, columns, *others))
         costs.append(found[0] - base_cost)
         rises.append(found[1] - base_rise)
-    return _Block(tuple(variables), np.array(combinations), np.array(rises), np.array(costs))
+    return _Block(tuple(variables), combinations, np.concatenate(rises), np.concatenate(costs))
 
 
 def _choices(problem: Problem, variable: tuple[str, int]) -> list[int]:
@@ -103,26 +136,25 @@ def _choices(problem: Problem, variable: tuple[str, int]) -> list[int]:
     )
 
 
-def _alone(problem: Problem, tensor: int, state: State) -> tuple[np.ndarray, float]:
+def _alone(problem: Problem, tensor: int, state: State) -> tuple[np.ndarray, np.ndarray]:
     """The part of one tensor in costs and rise."""
     a = problem.arrays
     elements = problem.elements(problem.lengths(state))
     own, factors = problem.bits(state)
-    size = elements[tensor]
-    mine = a["p_tensor"] == tensor
-    saved = (a["p_positions"] * (FLOAT**2 - factors[a["p_first"]] * factors[a["p_second"]]))[mine].sum()
-    stored = np.ceil(size * problem.item_bytes(own)[tensor])
-    cost = np.array(
-        [size * a["parameter"][tensor], stored, size * a["positions"][tensor], size * (FLOAT**2 * a["positions"][tensor] - saved)]
-    )
-    which = np.flatnonzero(a["weight"] == tensor)
+    size, mine = elements[..., tensor], a["p_tensor"] == tensor
+    products = factors[..., a["p_first"][mine]] * factors[..., a["p_second"][mine]]
+    saved = (a["p_positions"][mine] * (FLOAT**2 - products)).sum(axis=-1)
+    stored = np.ceil(size * problem.item_bytes(own)[..., tensor])
+    parts = size * a["parameter"][tensor], stored, size * a["positions"][tensor], size * (FLOAT**2 * a["positions"][tensor] - saved)
+    costs, which = np.stack(parts, axis=-1), np.flatnonzero(a["weight"] == tensor)
     if not len(which):
-        return cost, 0.0
+        return costs, np.zeros(size.shape)
     w = int(which[0])
-    shares = problem.shares(elements)
+    weights, inputs = problem.shares(elements)
     reads = a["read_by_activation"][a["read_by_weight"] == w]
-    activations = problem.activations.rise[reads, state.activations[reads]].sum() * shares[1][reads].mean() if len(reads) else 0.0
-    return cost, float(problem.weights.rise[w, state.weights[w]] * shares[0][w] + activations)
+    rise = problem.activations.rise[reads, state.activations[..., reads]].sum(axis=-1)
+    read = inputs[..., reads].mean(axis=-1) if len(reads) else 1.0
+    return costs, problem.weights.rise[w, state.weights[..., w]] * weights[..., w] + rise * read
 
 
 def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float], seconds: float) -> Exact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from ..structure import Structure
 from .alignment import Shape
 from .channels import AtMost, Budget, unreachable
 from .ladders import branch_ladders, ladders
+from .neighbours import Points, nearby, points, room, stacked
 from .ranks import WHOLE, RankPrices, rank_choices
 from .sweep import POINTS, Moves, sweep
 from .tradeoffs import COSTS, Problem, State, options, problem
@@ -159,43 +160,69 @@ def _with_idle(prices: dict[str, dict[int, tuple[float, float]]]) -> dict[str, d
     return {n: {b: (0.0, 0.0) if n.endswith(READ) and b >= SUM else p for b, p in own.items()} for n, own in prices.items()}
 
 
+def chosen(problem: Problem, state: State, rises: np.ndarray, measure: Callable[[Plan], Cost] = cost) -> Choice:
+    """A state of a problem as a plan, with its exact cost; ``rises`` are those of :meth:`~.tradeoffs.Problem.rises`."""
+    plan, (channels, weights, activations, branches, implants, variance) = problem.plan(state), rises.tolist()
+    return Choice(plan, measure(plan), Prediction(channels, weights, activations, branches, implants, variance**0.5))
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
-    """The choices along the sweeps of a problem: moves, how many of them each candidate has made, its costs and its rise."""
+    """The choices along the sweeps of a problem, and near them: moves, how many of them each candidate has made, the candidates that
+    follow on these, and costs and rise of all."""
 
     problem: Problem
     moves: tuple[Moves, ...]
     line: np.ndarray
     stop: np.ndarray
+    near: State
     costs: np.ndarray
     rises: np.ndarray
 
     def state(self, candidate: int) -> State:
         """A candidate."""
+        if (n := candidate - len(self.stop)) >= 0:
+            return State(*(own[n] for own in vars(self.near).values()))
         stops = self.stop[candidate : candidate + 1]
         return next(self.moves[int(self.line[candidate])].states(self.problem.full(), stops))
 
     def choice(self, candidate: int, measure: Callable[[Plan], Cost] = cost) -> Choice:
         """A candidate with its exact cost."""
-        plan = self.problem.plan(self.state(candidate))
-        channels, weights, activations, branches, implants, variance = self.rises[candidate].tolist()
-        return Choice(plan, measure(plan), Prediction(channels, weights, activations, branches, implants, variance**0.5))
+        return chosen(self.problem, self.state(candidate), self.rises[candidate], measure)
 
 
 def family(problem: Problem, costs: Collection[str] = ("bytes",)) -> Family:
-    """Candidates for budgets of these costs: sweeps in which they count by themselves and in even mixtures.  Where weights may have
-    implants, those without any are candidates too, so that to allow them never predicts a larger rise."""
-    whole = _whole(problem)
+    """Candidates for budgets of these costs: sweeps in which they count by themselves and in even mixtures, and the best there are near
+    these.  Where weights may have implants, all of those without any are candidates too, so that to allow them never predicts a larger
+    rise."""
+    whole = cost(Plan(problem.structure))
     mixes = [np.array([mix.get(c, 0.0) / max(getattr(whole, c), 1) for c in COSTS]) for mix in _mixes(costs)]
-    lines = [sweep(problem, mix, whole=bare) for bare in ((False, True) if problem.ranks.names else (False,)) for mix in mixes]
+    lines = [sweep(problem, mix) for mix in mixes]
     stops = [_stops(len(m.kind), max(POINTS // len(mixes), 100)) for m in lines]
     found = [(problem.costs(s), problem.rises(s)) for m, stop in zip(lines, stops, strict=True) for s in m.states(problem.full(), stop)]
+    table = [np.array(column) for column in zip(*found, strict=True)]
+    own = _with_near(problem, lines, stops, table, mixes)
+    return _united(own, family(problem.without_ranks(), costs)) if problem.ranks.names else own
+
+
+def _with_near(problem: Problem, lines: list[Moves], stops: list[np.ndarray], table: list[np.ndarray], mixes: list[np.ndarray]) -> Family:
     line = np.repeat(np.arange(len(lines)), [len(s) for s in stops])
-    return Family(problem, tuple(lines), line, np.concatenate(stops), *(np.array(column) for column in zip(*found, strict=True)))
+    walked = (s for m, stop in zip(lines, stops, strict=True) for s in m.states(problem.full(), stop))
+    start = Points(stacked(walked), table[0], table[1]) if room(problem) else points(problem, stacked([problem.full()]))
+    near = nearby(problem, start, mixes)
+    both = (np.concatenate(pair) for pair in zip(table, (near.costs, near.rises), strict=True))
+    return Family(problem, tuple(lines), line, np.concatenate(stops), near.states, *both)
 
 
-def _whole(problem: Problem) -> Cost:
-    return cost(Plan(problem.structure))
+def _united(own: Family, bare: Family) -> Family:
+    """The candidates of a problem, and those it has where no weight may have an implant."""
+    ranks = np.tile(own.problem.full().ranks, (len(bare.near.rungs), 1))
+    near = [np.concatenate(pair) for pair in zip(vars(own.near).values(), vars(replace(bare.near, ranks=ranks)).values(), strict=True)]
+    split = len(own.stop), len(bare.stop)
+    tables = ((own.costs, bare.costs), (own.rises, bare.rises))
+    both = (np.concatenate([a[: split[0]], b[: split[1]], a[split[0] :], b[split[1] :]]) for a, b in tables)
+    line, stop = np.concatenate([own.line, bare.line + len(own.moves)]), np.concatenate([own.stop, bare.stop])
+    return Family(own.problem, (*own.moves, *bare.moves), line, stop, State(*near), *both)
 
 
 def _mixes(costs: Collection[str]) -> Iterator[dict[str, float]]:
@@ -224,10 +251,18 @@ def choose(family: Family, budget: Budget, measure: Callable[[Plan], Cost] = cos
     for n in fitting:
         if budget((found := family.choice(n, measure)).cost, whole):
             return found
-    smallest = measure(family.problem.plan(family.state(int(np.argmin(family.costs.sum(axis=1))))))
+    smallest = measure(family.problem.plan(family.state(_nearest(family, budget, whole))))
     kinds = [k for k, o in (("bits", family.problem.weights), ("ranks", family.problem.ranks)) if o.names]
     way_out = f"lower the floor or the multiple{', or allow fewer bits' if 'bits' in kinds else ''}"
     raise ValueError(unreachable(smallest, whole, budget, way_out, by=" and ".join(["widths", *kinds])))
+
+
+def _nearest(family: Family, budget: Budget, whole: Cost) -> int:
+    """The candidate that misses its worst limit by the smallest factor."""
+    limits = budget.absolute(whole) if isinstance(budget, AtMost) else {}
+    weights = [1 / limits[k] if k in limits else 0.0 for k in COSTS]
+    over = (family.costs * (weights if any(weights) else 1.0)).max(axis=1)
+    return int(np.lexsort((family.costs.sum(axis=1), over))[0])
 
 
 def _fits(costs: np.ndarray, budget: Budget, whole: Cost) -> bool:

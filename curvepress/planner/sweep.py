@@ -60,12 +60,12 @@ class Moves:
             yield State(*(own.copy() for own in now))
 
 
-def sweep(problem: Problem, mix: np.ndarray, *, whole: bool = False) -> Moves:
-    """All moves as the price rises; ``mix`` says what a unit of each cost is worth.  With ``whole`` no weight gets an implant."""
+def sweep(problem: Problem, mix: np.ndarray) -> Moves:
+    """All moves as the price rises; ``mix`` says what a unit of each cost is worth."""
     state, parts = problem.full(), [[np.zeros(0, np.int64)] * 3]
     for price in _prices(problem, mix):
         start, slopes = state, _slopes(problem, state, mix)
-        state = _settled(problem, state, mix, price, whole)
+        state = _settled(problem, state, mix, price)
         parts.append(_ordered(problem, start, state, slopes))
     return Moves(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -101,7 +101,7 @@ def _first_ratios(problem: Problem, mix: np.ndarray) -> np.ndarray:
     return found[(found > 0) & np.isfinite(found) & (found < 1e200)]
 
 
-def _settled(problem: Problem, state: State, mix: np.ndarray, price: float, whole: bool) -> State:
+def _settled(problem: Problem, state: State, mix: np.ndarray, price: float) -> State:
     """Bits, ranks and widths in turns at one price."""
     a = problem.arrays
     price = min(price, 1e250)
@@ -114,7 +114,7 @@ def _settled(problem: Problem, state: State, mix: np.ndarray, price: float, whol
             problem.activations.best(price * s.activations, s.shares[1], state.activations),
             state.ranks,
         )
-        if not whole and len(state.ranks):
+        if len(state.ranks):
             s = _slopes(problem, state, mix)
             state = replace(state, ranks=problem.ranks.least(s.truncations + price * s.ranks, state.ranks))
         s = _slopes(problem, state, mix)
@@ -158,7 +158,7 @@ def _rank_prices(problem: Problem, cost: np.ndarray, dense: np.ndarray) -> tuple
     """What every weight costs at each of its ranks, and the predicted rise; where an implant is no smaller than the weight, it is whole."""
     a, levels = problem.arrays, np.tile(problem.ranks.levels, (len(problem.ranks.names), 1))
     each = sum(cost[a[part]] * dense[a[part]] for part in ("down", "up", "grid"))
-    less, left = problem.worth(dense, levels), dense[a["ranked"]] / a["elements"][a["ranked"]]
+    less, left = problem.worth(dense, levels.T).T, dense[a["ranked"]] / a["elements"][a["ranked"]]
     known = np.isfinite(problem.ranks.rise)
     rises = np.where(known & less, np.where(known, problem.ranks.rise, 0) * left[:, None], np.where(known, 0.0, np.inf))
     return np.where(less, levels * each[:, None], (cost[a["ranked"]] * dense[a["ranked"]])[:, None]), rises

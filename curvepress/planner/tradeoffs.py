@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ Table = Mapping[str, Mapping[int, tuple[float, float]]]
 @dataclass(frozen=True, eq=False)
 class State:
     """A choice: the rung of every ladder, the column of bits of every weight and activation, and of the rank of every weight that may
-    have an implant.  Integer arrays."""
+    have an implant.  Integer arrays; with one more axis in front they are several choices, and so is all that follows from them."""
 
     rungs: np.ndarray
     weights: np.ndarray
@@ -91,24 +92,28 @@ class Problem:
         first = [np.argmax(np.isfinite(o.rise), axis=1) if len(o.names) else np.zeros(0, np.int64) for o in sides]
         return State(np.zeros(len(self.ladders), np.int64), *first)
 
+    def without_ranks(self) -> Problem:
+        """The same problem where no weight may have an implant."""
+        return problem(self.structure, self.ladders, self.weights, self.activations, self.wiring)
+
     def lengths(self, state: State) -> np.ndarray:
         """Of every dimension that some group shares."""
         a = self.arrays
         width = a["width"][a["offset"] + state.rungs]
-        added = a["fixed"] + np.bincount(a["site"], a["rows"] * width[a["ladder"]], len(a["fixed"]))
-        crossed = np.bincount(a["site"], np.log(np.maximum(width, 1e-9) / a["size"])[a["ladder"]], len(a["fixed"]))
+        added = a["fixed"] + _sums(a["site"], a["rows"] * width[..., a["ladder"]], len(a["fixed"]))
+        crossed = _sums(a["site"], np.log(np.maximum(width, 1e-9) / a["size"])[..., a["ladder"]], len(a["fixed"]))
         return np.where(a["additive"], added, np.rint(a["length"] * np.exp(crossed)))
 
     def elements(self, lengths: np.ndarray) -> np.ndarray:
         """Of every tensor; of those that weights of low rank are made of, for each rank."""
         a = self.arrays
         share = np.log(np.maximum(lengths, 1e-9) / a["length"])
-        return np.rint(a["elements"] * np.exp(np.bincount(a["tensor"], share, len(a["elements"]))))
+        return np.rint(a["elements"] * np.exp(_sums(a["tensor"], share, len(a["elements"]))))
 
     def worth(self, elements: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Whether implants of these ranks, ``[weights]`` or ``[weights, ranks]``, have fewer elements than what is left of the weights."""
-        a, shape = self.arrays, (-1, *[1] * (ranks.ndim - 1))
-        return ranks * (elements[a["down"]] + elements[a["up"]]).reshape(shape) < elements[a["ranked"]].reshape(shape)
+        """Whether implants of these ranks, ``[..., weights]``, have fewer elements than what is left of the weights."""
+        a = self.arrays
+        return ranks * (elements[..., a["down"]] + elements[..., a["up"]]) < elements[..., a["ranked"]]
 
     def implanted(self, state: State, elements: np.ndarray) -> np.ndarray:
         """The rank of every weight that has an implant, 0 of those that are whole."""
@@ -118,10 +123,10 @@ class Problem:
     def times(self, ranks: np.ndarray) -> np.ndarray:
         """How often every tensor is there, with implants of these ranks."""
         a = self.arrays
-        found = np.ones(len(a["elements"]))
-        found[a["ranked"]] = ranks == 0
+        found = np.ones((*ranks.shape[:-1], len(a["elements"])))
+        found[..., a["ranked"]] = ranks == 0
         for part in ("down", "up", "grid"):
-            found[a[part]] = ranks
+            found[..., a[part]] = ranks
         return found
 
     def bits(self, state: State) -> tuple[np.ndarray, np.ndarray]:
@@ -129,61 +134,62 @@ class Problem:
         own = self.weights.levels[state.weights]
         acts = self.activations.levels[state.activations]
         parents = self.arrays["parent"]
-        read = np.where(parents >= 0, np.minimum(acts, acts[parents]), acts) if len(acts) else acts
-        return own, np.concatenate([own, read, [FLOAT]])
+        read = np.where(parents >= 0, np.minimum(acts, acts[..., parents]), acts) if len(parents) else acts
+        return own, np.concatenate([own, read, np.full((*own.shape[:-1], 1), FLOAT)], axis=-1)
 
     def item_bytes(self, own: np.ndarray) -> np.ndarray:
         """Bytes of an element of every tensor, a fraction where it is packed."""
         a = self.arrays
-        found = a["item"].copy()
-        found[a["weight"]] = np.where(own < FLOAT, own / 8, found[a["weight"]])
-        found[a["scale"]] = np.where(own < FLOAT, SCALE, 0)
+        found = np.broadcast_to(a["item"], (*own.shape[:-1], len(a["item"]))).copy()
+        found[..., a["weight"]] = np.where(own < FLOAT, own / 8, found[..., a["weight"]])
+        found[..., a["scale"]] = np.where(own < FLOAT, SCALE, 0)
         packed = a["rounded"] >= 0
-        found[a["grid"][packed]] = found[a["scale"]][a["rounded"][packed]]
+        found[..., a["grid"][packed]] = found[..., a["scale"][a["rounded"][packed]]]
         for part in ("down", "up"):
-            found[a[part]] = found[a["ranked"]]
+            found[..., a[part]] = found[..., a["ranked"]]
         return found
 
     def costs(self, state: State) -> np.ndarray:
-        """The costs in the order of :data:`COSTS`."""
+        """The costs in the order of :data:`COSTS`, the last axis."""
         a, dense = self.arrays, self.elements(self.lengths(state))
         ranks = self.implanted(state, dense)
         elements = dense * self.times(ranks)
         own, factors = self.bits(state)
         macs = elements * a["positions"]
-        each = elements[a["p_tensor"]] * a["p_positions"]
-        bops = FLOAT**2 * macs.sum() - (each * (FLOAT**2 - factors[a["p_first"]] * factors[a["p_second"]])).sum()
-        stored = np.ceil(elements * self.item_bytes(own)).sum() + self.wiring.constants + self._grids(state, ranks, factors)
-        return np.array([elements[a["parameter"] > 0].sum(), stored, macs.sum(), bops])
+        each = elements[..., a["p_tensor"]] * a["p_positions"]
+        saved = each * (FLOAT**2 - factors[..., a["p_first"]] * factors[..., a["p_second"]])
+        bops = FLOAT**2 * macs.sum(axis=-1) - saved.sum(axis=-1)
+        stored = np.ceil(elements * self.item_bytes(own)).sum(axis=-1) + self.wiring.constants + self._grids(state, ranks, factors)
+        return np.stack([elements[..., a["parameter"] > 0].sum(axis=-1), stored, macs.sum(axis=-1), bops], axis=-1)
 
-    def _grids(self, state: State, ranks: np.ndarray, factors: np.ndarray) -> int:
+    def _grids(self, state: State, ranks: np.ndarray, factors: np.ndarray) -> Any:
         acts, a = self.activations.levels[state.activations], self.arrays
-        if not len(acts):
+        if not len(a["parent"]):
             return 0
-        there = (acts < FLOAT) & ((a["parent"] < 0) | (acts < acts[a["parent"]]))
-        inner = (ranks > 0) & (factors[a["beside"]] < FLOAT)
-        return int((SCALE + ZERO_POINT) * (there.sum() + inner.sum()))
+        there = (acts < FLOAT) & ((a["parent"] < 0) | (acts < acts[..., a["parent"]]))
+        inner = (ranks > 0) & (factors[..., a["beside"]] < FLOAT)
+        return (SCALE + ZERO_POINT) * (there.sum(axis=-1) + inner.sum(axis=-1))
 
     def shares(self, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How much of every weight is left, and of what products read of every activation."""
         a = self.arrays
         left = elements / a["elements"]
-        weights = left[a["weight"]]
-        outputs = left[a["scale"]]
-        reads = np.ones(len(self.activations.names))
-        reads[a["read_by_activation"]] = np.divide(weights, outputs, out=np.zeros_like(weights), where=outputs > 0)[a["read_by_weight"]]
+        weights, outputs = left[..., a["weight"]], left[..., a["scale"]]
+        reads, inputs = np.ones((*left.shape[:-1], len(self.activations.names))), np.zeros_like(weights)
+        reads[..., a["read_by_activation"]] = np.divide(weights, outputs, out=inputs, where=outputs > 0)[..., a["read_by_weight"]]
         return weights, reads
 
     def steps(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Predicted rise of the loss by every ladder, and its variance; a group inside a branch that is gone adds nothing to that."""
         a, at = self.arrays, self.arrays["offset"] + state.rungs
-        stays = np.bincount(a["inner"], state.rungs[a["around"]], len(self.ladders)) == 0
+        stays = _sums(a["inner"], state.rungs[..., a["around"]], len(self.ladders)) == 0
         return a["rise"][at] * stays, a["variance"][at] * stays
 
     def twice(self, ranks: np.ndarray) -> np.ndarray:
         """By how much more the rounding of every weight costs as it has an implant: both parts are rounded, each with as much error."""
-        found, rounded = np.ones(len(self.weights.names)), self.arrays["rounded"]
-        found[rounded[(rounded >= 0) & (ranks > 0)]] = 2
+        found, rounded = np.ones((*ranks.shape[:-1], len(self.weights.names))), self.arrays["rounded"]
+        packed = rounded >= 0
+        found[..., rounded[packed]] += ranks[..., packed] > 0
         return found
 
     def rises(self, state: State) -> np.ndarray:
@@ -191,17 +197,17 @@ class Problem:
         a, elements = self.arrays, self.elements(self.lengths(state))
         (weights, reads), ranks = self.shares(elements), self.implanted(state, elements)
         steps, spread = self.steps(state)
-        left = elements[a["ranked"]] / a["elements"][a["ranked"]] * (ranks > 0)
-        parts, variance = [steps[~a["whole"]].sum()], spread.sum()
+        left = elements[..., a["ranked"]] / a["elements"][a["ranked"]] * (ranks > 0)
+        parts, variance = [steps[..., ~a["whole"]].sum(axis=-1)], spread.sum(axis=-1)
         for own, column, share in (
             (self.weights, state.weights, weights * self.twice(ranks)),
             (self.activations, state.activations, reads),
             (self.ranks, state.ranks, left),
         ):
-            rows = np.arange(len(column))
-            parts.append((own.rise[rows, column] * share).sum())
-            variance += (own.variance[rows, column] * share**2).sum()
-        return np.array([*parts[:3], steps[a["whole"]].sum(), parts[3], variance])
+            rows = np.arange(column.shape[-1])
+            parts.append((own.rise[rows, column] * share).sum(axis=-1))
+            variance = variance + (own.variance[rows, column] * share**2).sum(axis=-1)
+        return np.stack([*parts[:3], steps[..., a["whole"]].sum(axis=-1), parts[3], variance], axis=-1)
 
     def plan(self, state: State) -> Plan:
         """The plan of a choice."""
@@ -217,6 +223,14 @@ class Problem:
             for o, c in ((self.weights, state.weights), (self.activations, state.activations))
         ]
         return Plan(self.structure, keep, skip, implants, bits_with(BitPlan(named[0], named[1], self.wiring), implants))
+
+
+def _sums(index: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Of the last axis, by index."""
+    if not (lead := values.shape[:-1]):
+        return np.bincount(index, values, count)
+    first = np.arange(prod(lead)).reshape(*lead, 1) * count
+    return np.bincount((index + first).ravel(), values.ravel(), prod(lead) * count).reshape(*lead, count)
 
 
 NO_RANKS = options({}, {})

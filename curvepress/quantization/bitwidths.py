@@ -109,7 +109,8 @@ def bit_prices(
     )
     if found.samples < 2:
         raise ValueError(
-            f"prices need an error bar and that two batches of calibration data at least, got {found.samples}; make them smaller"
+            f"prices need an error bar and that two batches of calibration data at least, got {found.samples}; allow more examples, or "
+            "make the batches smaller"
         )
     of_weight = partial(_weight_prices, found, price)
     weights = {name: of_weight(name, by_bits) for name, by_bits in errors.items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..planner.channels import milliseconds
 from ..planner.joint import Exchange
+from ..scores import METHODS, RANKING
 from ..stopwatch import machine
 from ..training.fitting import fit
 from .recipe import Recipe
@@ -191,11 +192,23 @@ def _limit(name: str, text: str) -> float | int:
     raise ValueError(f"--{name} must be a share above 0 and up to 1 (0.5 or 50%), or a whole number above 1; got {text!r}")
 
 
-def method_of(given: str | None, *, repaired: bool) -> str:
+def method_of(given: str | None, *, repaired: bool, weighed: Sequence[str] = ()) -> str:
     """The score that is asked for, else the price of a channel as later stages leave it: the one after repair where there is one.
 
     Beside prices of bits, which have no repair in them, it is the price before.
+
+    Args:
+        weighed: the options that need scores in units of the loss.
+
+    Raises:
+        ValueError: if the scores that are asked for only rank channels, and more is needed.
     """
+    if weighed and given in RANKING:
+        units = ", ".join(m for m in METHODS if m not in RANKING)
+        raise ValueError(
+            f"--method {given} only ranks channels, and {' and '.join(weighed)} weighs them in units of the loss: leave out --method, "
+            f"or choose one of {units}"
+        )
     return given or ("reconstruction" if repaired else "mask_curvature")
 
 

@@ -19,6 +19,7 @@ from .slopes import gate_gradient, michel, nvit
 __all__ = [
     "LOSS_UNIT",
     "METHODS",
+    "RANKING",
     "RELATIVE_UNIT",
     "SHARED",
     "Scores",
@@ -99,3 +100,5 @@ _ALL = (
 METHODS: Mapping[str, Callable[[nn.Module, Structure, Task], Scores]] = {f.__name__: f for f in _ALL}
 SHARED = (hessian_trace.__name__, mask_curvature.__name__, diagonal.__name__)
 """Methods whose samples several processes can share out."""
+RANKING = (nvit.__name__, michel.__name__, magnitude.__name__, random.__name__)
+"""Methods whose scores only rank channels, in no unit that anything else has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 from ..costs import cost, written
 from ..latency import Table
 from ..plan import Plan
+from ..planner import exactly
 from ..planner.alignment import head_widths
-from ..planner.channels import at_most, search
+from ..planner.channels import AtMost, at_most, search
 from ..planner.depth import around
-from ..planner.joint import choose
+from ..planner.joint import Family, choose
 from ..runs.artifacts import load_scores, load_structure
 from ..runs.desk import Desk
 from ..runs.folder import Run
@@ -38,7 +39,7 @@ def planned(desk: Desk, settings: Settings) -> Plan:
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
     skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
     if settings.get("latency") is None:
-        return _whole(desk, settings, searched(desk.run, structure, scores, settings, skip))
+        return _whole(desk, settings, searched(desk.run, structure, scores, settings, skip, note=desk.note))
     table = table_of(desk, settings)
 
     def within(limit: float) -> Plan:
@@ -52,9 +53,15 @@ def _whole(desk: Desk, settings: Settings, plan: Plan) -> Plan:
 
 
 def searched(
-    run: Run, structure: Structure, scores: Scores, settings: Settings, skip: Sequence[str] = (), table: Table | None = None
+    run: Run,
+    structure: Structure,
+    scores: Scores,
+    settings: Settings,
+    skip: Sequence[str] = (),
+    table: Table | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """The gentlest plan for a structure under the limits in the settings, around the branches in ``skip``.
+    """The gentlest plan for a structure under the limits in the settings, around the branches in ``skip``; ``note`` is told what is proven.
 
     Raises:
         ValueError: if no plan fits, or the whole structure does.
@@ -70,8 +77,11 @@ def searched(
 
         def gentlest(structure: Structure, scores: Scores) -> Plan:
             times = _rest(table, structure) if table and skip else table
-            if settings.get("bits") or settings.get("implants"):
-                return choose(joint_family(run, structure, scores, settings), budget, partial(cost, table=times)).plan
+            if settings.get("bits") or settings.get("implants") or "exact" in settings:
+                found = joint_family(run, structure, scores, settings)
+                if "exact" in settings:
+                    return _proven(found, budget, settings["exact"], note)
+                return choose(found, budget, partial(cost, table=times)).plan
             return search(structure, scores, budget, table=times, **options)
 
         plan = around(structure, scores, skip, gentlest) if skip else gentlest(structure, scores)
@@ -82,6 +92,38 @@ def searched(
         said = ", ".join(f"{written(k, v)} {k}" for k, v in cost(plan, table).known().items())
         raise ValueError(f"the whole model ({said}) already fits the budget ({at_most(**limits)}), so there is nothing to do; ask for less")
     return plan
+
+
+def _proven(family: Family, budget: AtMost, seconds: float, note: Callable[[str], None]) -> Plan:
+    """The best plan, as far as that can be proven in this time; in none it is only seen whether it could be."""
+    exactly.check(family.problem)
+    if not seconds:
+        return choose(family, budget).plan
+    found, bound = exactly.best(family, budget, seconds)
+    note(f"predicted rise {found.predicted.rise:.4g}; no plan within the budget has one below {bound:.4g}, which is proven")
+    return found.plan
+
+
+def exact_choice(seconds: float | None, others: Mapping[str, Any], chosen: Settings) -> dict[str, float]:
+    """For how long the best plan is looked for; nothing is said where it is not.
+
+    Args:
+        others: options that have no exact plan, by name; those not asked for are none or false.
+        chosen: the bits there are to choose from.
+
+    Raises:
+        ValueError: beside one of these.
+    """
+    beside = [name for name, given in others.items() if given]
+    beside += ["several --activation-bits"] if len(chosen.get("activation_bits", ())) > 1 else []
+    if seconds is not None and beside:
+        raise ValueError(f"--exact cannot be had beside {beside[0]}: it proves plans of channels, branches and bits of weights alone")
+    return {} if seconds is None else {"exact": seconds}
+
+
+def weighing(chosen: Settings, implants: Settings, exact: Settings) -> list[str]:
+    """The options by which channels are weighed in units of the loss."""
+    return [name for name, there in {"--bits": chosen, "--implants": implants, "--exact": exact}.items() if there]
 
 
 def limits_of(structure: Structure, settings: Settings) -> dict[str, float]:
@@ -109,7 +151,8 @@ def check_budget(desk: Desk, settings: Settings) -> None:
     zeros = {g.name: np.zeros(g.size) for g in structure.free}
     table = None if settings.get("latency") is None else table_of(desk, settings)
     skip = weighed_without(desk.run) if settings.get("bits") else _largest(structure, settings["branches"])
-    searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), settings, skip, table)
+    quick = {**settings, "exact": 0.0} if "exact" in settings else settings
+    searched(desk.run, structure, Scores(zeros, zeros, "none", LOSS_UNIT, 0, 0), quick, skip, table)
 
 
 def _largest(structure: Structure, count: int) -> tuple[str, ...]:
