@@ -34,7 +34,9 @@ COMMAND = (
 )
 COMMANDS = {
     "headline": COMMAND,
-    "macs": "compress cifar10 --option depth=56 --branches 7 --macs 47.6% --per macs --epochs 10 --lr 0.02 --precision bfloat16 --out {folder}",
+    "macs": (
+        "compress cifar10 --option depth=56 --branches 7 --macs 47.6% --per macs --epochs 10 --lr 0.02 --precision bfloat16 --out {folder}"
+    ),
 }
 
 
