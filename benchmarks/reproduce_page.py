@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import records, reproduce, reproduce_plots
-from benchmarks.reproduce_channels import AGREED, LEFT, NETS, SHOWN, TRACES, borrowed
+from benchmarks.reproduce_channels import AGREED, LEFT, NETS, SHOWN, TRACES, borrowed, passes
 from benchmarks.reproduce_pipelines import VIT
 from benchmarks.reproduce_verdict import verdict
 from curvepress.files import write_text
@@ -58,7 +58,7 @@ def channels(rows: Rows) -> str:
 def agreement(rows: Rows) -> str:
     """Half-precision traces beside full ones."""
     lines = []
-    for network, name in ((d, n) for d in dict.fromkeys(r["network"] for r in rows) for n in TRACES):
+    for network, name in ((d, n) for d in dict.fromkeys(r["network"] for r in rows) for n in passes(d)):
         own = [r["rows"][name] for r in rows if r["network"] == network]
         same = [spread([o["same gone"][str(left)] for o in own], "{:.3f}") for left in AGREED]
         ranks = [spread([o[k] for o in own], "{:.4f}") for k in ("spearman with full", "spearman with exact")]
@@ -175,7 +175,8 @@ NOTES = {
     "heads": "MiniLM, the same short recovery for every score; printed also by `python -m benchmarks.transformers table`.",
     "agreement": "The same random vectors on the same images in every precision; *other vectors* is full precision again, which tells how "
     "much 32 of them settle at all; *released scale* is EHAP's, of which one vector is left. *Same channels* is the share of those that "
-    "the full passes would remove. Times and memory of half precision need a GPU: not measured.",
+    "the full passes would remove. Times and memory of half precision need a GPU: not measured; on a processor "
+    "float16 is so slow that the digits alone have it.",
     "pipeline": "Latency is over that of the original's file in ONNX Runtime, in turns on one thread (median, quartiles).",
     "hawq": "Weights of 2 to 8 bits at equal bytes, activations of 4 to 8 bits, rounded to the nearest, no exceptions for first and last "
     "layers; curvepress's choice is within the bit operations of HAWQ-V2's. Traces are without the noise of random vectors. Training is "
