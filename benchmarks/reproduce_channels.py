@@ -95,7 +95,7 @@ AGREED = (0.5, 0.1)
 
 def passes(network: str) -> tuple[str, ...]:
     """The precisions that are compared: convolutions in float16 take a processor so long that the digits alone have them."""
-    return tuple(t for t in TRACES if network == "digits" or not t.endswith(" float16") and t != "float16")
+    return tuple(t for t in TRACES if network == "digits" or (not t.endswith(" float16") and t != "float16"))
 
 
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
