@@ -67,6 +67,8 @@ SCORES = {"MiniLM": "mask_curvature"}
 """The scores of channels that are not ``reconstruction``: what measures better on transformers (docs/transformers.md)."""
 UNTRAINED = ("EfficientNet-Lite0",)
 """Networks without training data of all their classes."""
+EXAMPLES = 512
+"""Calibration examples behind the prices of bits and the ranges of activations."""
 PROBED = 8
 """Calibration batches on which the loss is compared where rates of exchange are measured."""
 
@@ -77,10 +79,10 @@ def priced(network: str) -> tuple[nn.Module, Structure, Scores, BitPrices, Wirin
     :data:`SCORES`."""
     net, given = NETWORKS[network], {"temperature": TEMPERATURE}
     model, x = net.model(), net.recipe.example()
-    structure, examples = trace(model, x), 512
-    method, samples = SCORES.get(network, "reconstruction"), max(8, examples // net.training)
+    structure = trace(model, x)
+    method, samples = SCORES.get(network, "reconstruction"), max(8, EXAMPLES // net.training)
     scores = score(model, net.recipe.loss, net.calibration(0), structure, method=method, samples=samples, **given)
-    prices = bit_prices(model, net.recipe.loss, net.calibration(0), x, stop=Stop(examples=examples), **given)
+    prices = bit_prices(model, net.recipe.loss, net.calibration(0), x, stop=Stop(examples=EXAMPLES), **given)
     return model, structure, scores, prices, wiring(model, structure, x)
 
 
@@ -163,10 +165,10 @@ def made(plan: Plan, network: str, batches: int, label: str = "") -> nn.Module:
 def _rounded(small: nn.Module, plan: Plan, net: Network, *, adaptive: bool) -> nn.Module:
     """On grids; weights rounded to the nearest, or by the output error."""
     module = quantize(small, bits_of_plan(plan), net.recipe.example())
-    seen = observe(module, net.calibration(1), examples=512)
+    seen = observe(module, net.calibration(1), examples=EXAMPLES)
     calibrate(module, seen)
     if adaptive:
-        requantize(module, net.calibration(1), examples=512)
+        requantize(module, net.calibration(1), examples=EXAMPLES)
         calibrate(module, seen)
     return module
 
