@@ -69,6 +69,8 @@ UNTRAINED = ("EfficientNet-Lite0",)
 """Networks without training data of all their classes."""
 EXAMPLES = 512
 """Calibration examples behind the prices of bits and the ranges of activations."""
+ROUNDED = 128
+"""Those behind rounding by the output error, which runs the network on them once a weight."""
 PROBED = 8
 """Calibration batches on which the loss is compared where rates of exchange are measured."""
 
@@ -168,7 +170,7 @@ def _rounded(small: nn.Module, plan: Plan, net: Network, *, adaptive: bool) -> n
     seen = observe(module, net.calibration(1), examples=EXAMPLES)
     calibrate(module, seen)
     if adaptive:
-        requantize(module, net.calibration(1), examples=EXAMPLES)
+        requantize(module, net.calibration(1), examples=ROUNDED)
         calibrate(module, seen)
     return module
 
