@@ -71,6 +71,8 @@ EXAMPLES = 512
 """Calibration examples behind the prices of bits and the ranges of activations."""
 ROUNDED = 128
 """Those behind rounding by the output error, which runs the network on them once a weight."""
+LEAST_SAME = 95.0
+"""Percent of predictions in which runtime and simulation must agree; figures are of the runtime, and this is in their records."""
 PROBED = 8
 """Calibration batches on which the loss is compared where rates of exchange are measured."""
 
@@ -144,8 +146,8 @@ def _loss(model: nn.Module, network: str) -> float:
         return float(np.mean([batch_loss(model.eval(), net.recipe.loss, b).item() for b in islice(net.calibration(7), PROBED)]))
 
 
-def made(plan: Plan, network: str, batches: int, label: str = "") -> nn.Module:
-    """The network of a plan after recovery; with a label its files are kept."""
+def made(plan: Plan, network: str, batches: int) -> nn.Module:
+    """The network of a plan after recovery."""
     net, model = NETWORKS[network], priced(network)[0]
     small = apply(model, plan, net.recipe.example())
     if plan.keep:
@@ -153,15 +155,19 @@ def made(plan: Plan, network: str, batches: int, label: str = "") -> nn.Module:
     small = _trained(small, network, batches, 0.01, 0).eval()
     if quantized := _quantized(plan):
         small = _rounded(small, plan, net, adaptive=not batches)
-    small = _trained(small, network, batches, 0.004 if quantized else 0.01, 1).eval()
-    if label:
-        MODELS.mkdir(parents=True, exist_ok=True)
-        (packed.save if quantized else save)(small, _file(label, "safetensors"))
-        if quantized:
-            to_integer_onnx(small, net.recipe.batches("validation"), _file(label, "onnx"))
-        else:
-            to_onnx(small, net.recipe.example(), _file(label, "onnx"))
-    return small
+    return _trained(small, network, batches, 0.004 if quantized else 0.01, 1).eval()
+
+
+def _written(small: nn.Module, plan: Plan, network: str, label: str) -> float | None:
+    """Its files are kept; for integers comes back for how many percent of examples the runtime predicts what the simulation does."""
+    recipe = NETWORKS[network].recipe
+    MODELS.mkdir(parents=True, exist_ok=True)
+    if not _quantized(plan):
+        save(small, _file(label, "safetensors"))
+        to_onnx(small, recipe.example(), _file(label, "onnx"))
+        return None
+    packed.save(small, _file(label, "safetensors"))
+    return to_integer_onnx(small, recipe.batches("validation"), _file(label, "onnx"), least_same=LEAST_SAME).same
 
 
 def _rounded(small: nn.Module, plan: Plan, net: Network, *, adaptive: bool) -> nn.Module:
@@ -206,14 +212,14 @@ def _measured(method: str, share: float, network: str, batches: int) -> records.
     except ValueError as reason:
         return {"impossible": str(reason)}
     label = f"{network.lower().replace('-', '')}-{method}-{share:.4f}-{batches}".replace(", ", "-").replace(" ", "-")
-    made(plan, network, batches, label)
+    same = _written(made(plan, network, batches), plan, network, label)
     net, found = NETWORKS[network], cost(plan)
     bits, sizes = plan.bits.weights if plan.bits else {}, {n: prod(t.shape) for n, t in tensors_after(plan).items()}
     return {
         "accuracy": percent(predictions(net, _file(label, "onnx")) == labels(net)), **found.known(),
         "file": _file(label, "safetensors").stat().st_size, "onnx": _file(label, "onnx").name,
         "mean_bits": sum(sizes[n] * (b or FLOAT) for n, b in bits.items()) / sum(sizes[n] for n in bits) if _quantized(plan) else None,
-        "cpu_seconds": time.process_time() - start,
+        "same": same, "cpu_seconds": time.process_time() - start,
     }  # fmt: skip
 
 
