@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from curvepress import curvature
-from curvepress.curvature import Direction, Part, Trace
+from curvepress.curvature import Direction, Part, Trace, factors
 
 NAMES = ["table.weight", "mha.in_proj_weight", "mha.out_proj.weight", "out.weight"]
 
@@ -110,6 +110,31 @@ def test_a_direction_couples_its_tensors(estimator: str, how: str) -> None:
         rest = np.sqrt(np.square(coupling).sum(1) - np.square(np.diag(coupling)))
         assert (np.abs(found.mean["d"] - np.diag(coupling)) <= 4 * rest / 8 + 1e-12).all()
         assert np.abs(found.mean["d"].sum() - np.trace(coupling)) <= 4 * np.sqrt(2) * rest.sum() / 8
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_a_table_moves_in_the_rows_that_are_looked_up(padding: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come twice, out of order, as padding or not at all, one example at a time; no gradient is made of more rows than come."""
+    monkeypatch.setattr(factors, "CHUNK", 1)
+    torch.manual_seed(0)
+    model = Flow(lambda m, x: m.out(m.table(x).sum(1).tanh()), table=nn.Embedding(9, 4, padding_idx=padding), out=nn.Linear(4, 3)).double()
+    batch = torch.tensor([[7, 2, 7], [2, 5, 0]]), torch.tensor([0, 2])
+    model.table.weight.data.normal_()
+    name, shape, block = "table.weight", (9, 4), factors.Looked.block
+    flat = Flat(model, batch, names=[name])
+    dense, d = flat.gauss_newton(), flat.point.numpy()
+    labels = {"rows": np.arange(9)[:, None] % 4 - 1, "columns": np.arange(4)[None], "all": np.zeros((), dtype=int)}
+    labels |= {"elements": np.arange(36).reshape(9, 4) % 5}
+    asked = {n: Direction((Part(name, own),), int(own.max()) + 1) for n, own in labels.items()}
+    made: list[int] = []
+    monkeypatch.setattr(factors.Looked, "block", lambda self, *where: made.append(self.shape[0]) or block(self, *where))
+    squares = {"squares": curvature.elements(name, flat.point.view(shape))}
+    found = curvature.estimate(model, F.cross_entropy, [batch], asked | squares, estimator="exact")
+    for n, own in labels.items():
+        each = [np.where(np.broadcast_to(own, shape).flatten() == c, d, 0) for c in range(asked[n].size)]
+        np.testing.assert_allclose(found.mean[n], [e @ dense @ e for e in each], rtol=1e-9, atol=1e-15, err_msg=n)
+    np.testing.assert_allclose(found.mean["squares"], np.diag(dense), rtol=1e-9, atol=1e-15)
+    assert max(made) == 4 and not any("one example at a time" in n for n in found.notes)
 
 
 def test_probing_a_single_direction_has_no_error() -> None:

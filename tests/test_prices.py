@@ -108,6 +108,14 @@ def test_gram_matrices_are_those_of_the_inputs(name: str, layer: str, constant: 
     np.testing.assert_allclose(gram.second_moment(), (centred.T @ centred / len(x)).numpy(), atol=1e-10)
 
 
+def test_the_spread_about_a_large_mean_survives_single_precision() -> None:
+    """Fewer examples than inputs, so that the moment has zeros among its eigenvalues, which rounding must not make negative."""
+    x, found = 100 + torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), dict[str, Gram]()
+    add_grams(nn.Sequential(nn.Linear(40, 3)), (x, None), ["0.weight"], found)
+    centred = x.double() - x.double().mean(0)
+    np.testing.assert_allclose(found["0.weight"].second_moment(), (centred.T @ centred / 8).numpy(), atol=1e-9)
+
+
 def test_some_positions_stand_for_all() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False)).double()

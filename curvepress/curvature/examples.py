@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Factor, convolved, factor, plain, squared_rows, summed_squares
+from .factors import Factor, Looked, convolved, factor, plain, squared_rows, summed_squares
 from .graph import Use, curved
 from .measures import Activation, gathered
 from .recording import Gradients, Pass, Vectors, View, only, recorded
@@ -70,14 +70,28 @@ class Tally:
         self.view, self.count, self.sums = view, count, Sums()
         self.slopes: dict[str, Tensor] = {}
 
-    def take(self, name: str, gradients: Tensor, start: int) -> None:
-        """Gradients ``[n, *shape]`` of examples from ``start``: squared, and added up along each direction."""
-        self.sums.add(Sums({name: squared_rows(gradients) if name in self.view.rows else summed_squares(gradients)}))
+    def take(self, name: str, gradients: Tensor, start: int, rows: Tensor | None = None) -> None:
+        """Gradients ``[n, *shape]`` of examples from ``start``: squared, and added up along each direction.
+
+        With ``rows`` they are those of these rows of the parameter alone, all others being zero.
+        """
+        self._add(name, squared_rows(gradients) if name in self.view.rows else summed_squares(gradients), rows)
         for direction, measure in self.view.directions.items():
             for part in (p for p in measure.parts if p.tensor == name):
-                moved = gathered(gradients.double() * self.view.moves[direction][name].double(), part.labels, measure.size, lead=1)
+                move, labels = self.view.moves[direction][name], part.labels
+                if rows is not None:
+                    move, labels = move[rows], labels[rows.cpu().numpy()] if labels.ndim == move.ndim and len(labels) > 1 else labels
+                moved = gathered(gradients.double() * move.double(), labels, measure.size, lead=1)
                 slopes = self.slopes.setdefault(direction, moved.new_zeros(self.count, measure.size))
                 slopes[start : start + len(moved)] += moved
+
+    def _add(self, name: str, squares: Tensor, rows: Tensor | None) -> None:
+        if rows is None:
+            self.sums.add(Sums({name: squares}))
+            return
+        if name not in self.sums.squares:
+            self.sums.squares[name] = squares.new_zeros(len(self.view.parameters[name]), *squares.shape[1:])
+        self.sums.squares[name].index_add_(0, rows, squares)
 
     def read(self, name: str, factors: Sequence[tuple[Use, Factor]]) -> None:
         """The gradients of one parameter, which are the sum of those of its uses."""
@@ -85,6 +99,11 @@ class Tally:
         watched = any(p.tensor == name for m in self.view.directions.values() for p in m.parts)
         if len(factors) == 1 and not watched and first[0].form != "other":
             self.sums.add(Sums({name: self._squares(*first)}))
+            return
+        if len(factors) == 1 and first[0].form == "itself" and isinstance(first[1], Looked):
+            looked, factor = first[1].narrowed()
+            for a, b in factor.blocks():
+                self.take(name, factor.block(a, b), a, looked)
             return
         for a, b in first[1].blocks():
             self.take(name, torch.stack([_pulled(use, f.block(a, b), self.view) for use, f in factors]).sum(0), a)

@@ -193,6 +193,11 @@ class Looked(Factor):
         out = sums.new_zeros(self.shape)
         return out.index_add_(0, places % self.shape[0], sums.square())
 
+    def narrowed(self) -> tuple[Tensor, Factor]:
+        """The numbers of the rows that were looked up, and the gradients of these alone; all others are zero."""
+        rows, places = self.rows.unique(return_inverse=True)
+        return rows, Looked(self.examples, (len(rows), *self.shape[1:]), places, self.gradient)
+
     def _places(self, start: int, stop: int) -> Tensor:
         first = torch.arange(stop - start, device=self.rows.device)[:, None] * self.shape[0]
         return self.rows[start:stop] + first

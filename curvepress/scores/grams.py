@@ -93,9 +93,12 @@ class _Watching(TorchFunctionMode):
         return result
 
     def _add(self, name: str, rows: Tensor, weight: float) -> None:
-        """``rows`` ``[positions, inputs]``, each of which stands for ``weight``."""
-        gram = (rows.T @ rows).double() * weight
-        now = Gram(gram, rows.sum(0, dtype=torch.float64) * weight, len(rows) * weight)
+        """``rows`` ``[positions, inputs]``, each of which stands for ``weight``.
+
+        Products are of float64: where positions are few and means large, what rounding leaves would outweigh the spread about the mean.
+        """
+        wide = rows.double()
+        now = Gram(wide.T @ wide * weight, wide.sum(0) * weight, len(rows) * weight)
         self.found[name] = pooled([self.found[name], now]) if name in self.found else now
 
 
