@@ -148,7 +148,7 @@ def widths() -> None:
     model, example, folder = recipe.model(), recipe.example(), MODELS / "widths"
     structure = trace(model, example)
     scores = score(model, recipe.loss, recipe.batches("calibration"), structure, method="taylor", samples=16)
-    plans = {m: search(structure, scores, at_most(params=0.5), multiple=m) for m in MULTIPLES}
+    plans = {m: search(structure, scores, at_most(params=0.5), per="channel", multiple=m) for m in MULTIPLES}
     paths = {m: folder / f"{m}.onnx" for m in (0, *MULTIPLES)}
     folder.mkdir(parents=True, exist_ok=True)
     for m, path in paths.items():

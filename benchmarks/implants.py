@@ -107,12 +107,14 @@ def plan_of(share: float, kind: str) -> Plan:
     (_, structure, scores), (name, _, how) = network(), kind.partition(", ")
     if name == "pointwise":
         returned = float(how.partition("%")[0]) / 100
-        return _within(share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s)), scores, returned))
+        return _within(
+            share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s), per="channel"), scores, returned)
+        )
     if name == "planned together":
         return search_jointly(structure, scores, None, NO_WIRING, at_most(params=share), ranks=prices()).plan
     if name == "low rank":
         return ranked(share, Plan(structure), prices())
-    plan = search(structure, scores, at_most(params=(1 + share) / 2 if how else share))
+    plan = search(structure, scores, at_most(params=(1 + share) / 2 if how else share), per="channel")
     return ranked(share, plan, prices()) if how else plan
 
 

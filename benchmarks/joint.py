@@ -101,7 +101,7 @@ def planned(method: str, share: float, network: str, batches: int) -> Plan:
     if method == "none":
         return Plan(structure)
     if method == "prune, then bits":
-        first = search(structure, scores, at_most(params=0.5))
+        first = search(structure, scores, at_most(params=0.5), per="channel")
         bits = search_jointly(after(first), scores_of(after(first)), prices, wired, at_most(**limit), shape=Shape(whole=("*",))).plan.bits
         return Plan(structure, first.keep, bits=bits)
     given: dict[str, Any] = {

@@ -127,7 +127,7 @@ class Setting:
 
     def chosen(self, order: str, share: float) -> Plan:
         """The plan that prices of this name give for a share of the parameters."""
-        return search(self.structure, self.scores(order), at_most(params=share))
+        return search(self.structure, self.scores(order), at_most(params=share), per="channel")
 
 
 def unread(model: nn.Module, plan: Plan) -> nn.Module:
@@ -173,7 +173,7 @@ def pairs(name: str, what: str, when: str) -> dict[str, tuple[np.ndarray, np.nda
     of = NETWORKS[name]
     structure = trace(of.recipe.model(trained=False, **of.options), of.recipe.example())
     made = {n: _scores(p) for n, p in prices.items()}
-    plans = [search(structure, made[r["order"]], at_most(params=r["share"])) for r in found]
+    plans = [search(structure, made[r["order"]], at_most(params=r["share"]), per="channel") for r in found]
     gone = [{g.name: lost(p, g) for g in structure.free} for p in plans]
     sums = {n: (np.array([predicted_rise(s, g)[0] for g in gone]), truth) for n, s in made.items()}
     joint = "joint" if when == "before" else "joint_after"

@@ -56,6 +56,8 @@ NETS = {
     **{f"ResNet-{depth}": Net(cifar10, {"depth": depth}, 1, 0.01, "bfloat16") for depth in (20, 32, 56)},
 }
 PEER, MASKED, BETTER = "Torch-Pruning", "curvepress, mask_curvature", "curvepress, reconstruction"
+OURS = f"{BETTER} per parameter"
+"""What `compress` does by itself."""
 RELEASED, CORRECTED = "HAP, as released", "HAP, corrected"
 WAYS = (
     RELEASED,
@@ -65,6 +67,7 @@ WAYS = (
     "HAP, 32 probes",
     MASKED,
     BETTER,
+    OURS,
     "magnitude",
     "taylor",
     "random",
@@ -81,9 +84,10 @@ BORROWED = {
     "torch-pruning": PEER,
     "mask_curvature, repaired": MASKED,
     "reconstruction, repaired": BETTER,
+    "reconstruction per parameter, repaired": OURS,
 }
 LEFT = (0.5, 0.3, 0.1)
-SAMPLES = {MASKED: 32, BETTER: 16, "taylor": 48}
+SAMPLES = {MASKED: 32, BETTER: 16, OURS: 16, "taylor": 48}
 PROBED, IMAGES = 32, 128
 """Random vectors and images with which precisions are compared."""
 TURN = {"ResNet-20": 0, "ResNet-56": 16, "ResNet-32": 22}
@@ -101,7 +105,7 @@ def passes(network: str) -> tuple[str, ...]:
 def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
     """``(rank, key, measure)``: of HAP's table and of the agreement of precisions."""
     known = {(r["network"], r["seed"], r["left"], r["way"]) for r in borrowed()}
-    few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", BETTER, "magnitude", PEER)
+    few = (RELEASED, CORRECTED, f"{CORRECTED}, implants", OURS, "magnitude", PEER)
     for network, seed, left, way in product(("digits", *TURN), range(3), LEFT, WAYS):
         rank = -40 + 10 * seed if network == "digits" else TURN[network] + 40 * seed + (0 if way in few else 20)
         wanted = network == "digits" or not seed or (seed == 1 and network == "ResNet-20")
@@ -171,7 +175,11 @@ def smaller(name: str, seed: int, left: float, way: str) -> tuple[nn.Module, Pla
     if way == PEER:
         return reestimate(peer.prune(model, example, left), batches), None
     own = way.startswith("HAP")
-    plan = hap_plan(name, seed, left, way) if own else search(structure, scores(name, seed, way), at_most(params=left))
+    plan = (
+        hap_plan(name, seed, left, way)
+        if own
+        else search(structure, scores(name, seed, way), at_most(params=left), per="params" if way == OURS else "channel")
+    )
     small = apply(model, plan, example)
     if way.startswith(RELEASED) and plan.implants:
         small = zeroed(small, plan)
@@ -197,8 +205,8 @@ def scores(name: str, seed: int, way: str) -> Scores:
         return relative_traces(model, loss, apart(batches, 512), structure, estimator="exact", seed=seed)
     if way.startswith("HAP"):
         return relative_traces(model, loss, one_batch(batches, 128, 32), structure, seed=seed)
-    method = {MASKED: "mask_curvature", BETTER: "reconstruction"}.get(way, way)
-    how = {"samples": SAMPLES.get(way, 2), "seed": seed, "temperature": 4.0 if way == BETTER else 1.0}
+    method = {MASKED: "mask_curvature", BETTER: "reconstruction", OURS: "reconstruction"}.get(way, way)
+    how = {"samples": SAMPLES.get(way, 2), "seed": seed, "temperature": 4.0 if way in (BETTER, OURS) else 1.0}
     return score(model, loss, batches, structure, method=method, **how)
 
 
@@ -235,7 +243,7 @@ def agreement(key: Key) -> records.Record:
 
 
 def _gone(structure: Structure, scores: Scores, left: float) -> set[tuple[str, int]]:
-    plan = search(structure, scores, at_most(params=left))
+    plan = search(structure, scores, at_most(params=left), per="channel")
     return {(g.name, int(c)) for g in structure.free for c in lost(plan, g)}
 
 

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import records
-from benchmarks.reproduce_channels import BETTER
+from benchmarks.reproduce_channels import OURS
 
 Rows = list[records.Record]
 
@@ -57,7 +57,7 @@ def _transformer(r: records.Record) -> Entry:
 
 
 PARTS: Mapping[str, tuple[str, Callable[[records.Record], Entry], str, Callable[[str], bool]]] = {
-    "hap": ("HAP", _channels, BETTER, lambda way: not way.startswith("curvepress")),
+    "hap": ("HAP", _channels, OURS, lambda way: not way.startswith("curvepress")),
     "heads": ("HAP, heads", _heads, "mask_curvature", lambda way: way not in ("mask_curvature", "none")),
     "pipeline": ("EHAP", _pipeline, "curvepress", lambda way: way != "curvepress"),
     "hawq": ("HAWQ-V2", _bits, "curvepress, direction", lambda way: not way.startswith("curvepress")),

@@ -91,7 +91,7 @@ def fewer_heads(method: str, share: float, seed: int) -> Plan:
     whole = cost(Plan(structure)).params
     one = whole - cost(Plan(structure, {groups[0].name: tuple(range(1, groups[0].size))})).params
     budget = at_most(params=whole - round(share * sum(g.size for g in groups)) * one)
-    return search(structure, scored(TEXT, method, seed), budget, floor=0, whole=[k for k in kinds(structure) if k != "head"])
+    return search(structure, scored(TEXT, method, seed), budget, per="channel", floor=0, whole=[k for k in kinds(structure) if k != "head"])
 
 
 def encoder(seeds: list[int], methods: list[str]) -> None:

@@ -107,7 +107,9 @@ Macs = Annotated[str | None, _limit("multiply-accumulates at most, likewise")]
 Latency = Annotated[str | None, _limit("measured latency at most: a share of the original (0.6 or 60%), or a time (0.8ms)")]
 Runtime = Annotated[str, one_of(BUDGET, "the runtime whose latency is limited", RUNTIMES)]
 Batch = Annotated[int, typer.Option(min=1, help="examples a batch that latency is measured with", rich_help_panel=BUDGET)]
-Per = Annotated[str | None, one_of(BUDGET, "what a channel's score is divided by, else channel, or latency under a latency budget", PER)]
+Per = Annotated[
+    str | None, one_of(BUDGET, "what a channel's score is divided by, else what is limited, and channel for several limits", PER)
+]
 PlanBops = Annotated[str | None, _limit("bit operations at most, likewise")]
 PlanBits = Annotated[
     str | None, typer.Option(help="bits that weights may have, such as 2-8: channels and bits in one plan", rich_help_panel=BUDGET)
@@ -177,7 +179,7 @@ def compress(
         "score": {**scoring, **common},
         **({"weigh": {"examples": price_examples, "temperature": temperature, "branches": count, **common}} if chosen else {}),
         **({"truncate": {"examples": price_examples, "temperature": temperature, **common}} if low else {}),
-        "plan": {**budget, "per": per or _usual(latency), **shape, **chosen, **low, **proof, **rates},
+        "plan": {**budget, "per": per, **shape, **chosen, **low, **proof, **rates},
         "apply": common,
         "repair": {"examples": repair_examples, **common},
         "fit": {**tuning(task, recovery), **common},
@@ -238,7 +240,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Decide which channels stay, and with --implants ranks; the result, plan.json, may be read and edited."""
     budget = {**limits(params, bytes, macs, latency=latency), **timing(latency, runtime, batch, threads)}
-    settings = {**budget, "per": per or _usual(latency), "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
+    settings = {**budget, "per": per, "multiple": multiple, "floor": floor, "whole": whole or [], "aligned": aligned,
                 "branches": branch_count(branches, {}), **rank_choice(implants, latency, per),
                 **exact_choice(exact, {"--latency": latency, "--implants": implants, "--per": per}, {})}  # fmt: skip
     with continued(folder) as (run, task):
@@ -356,10 +358,6 @@ def quantize(
                 check_choice(Desk(run, task), settings["choose"], in_float or [], float_sums=bits_file is None)
             run = kept(run, task, stage, settings[stage], again=again)
         show_quantized(read_json(folder / "quantized.json", QUANTIZED), folder)
-
-
-def _usual(latency: str | None) -> str:
-    return "channel" if latency is None else "latency"
 
 
 def main() -> None:

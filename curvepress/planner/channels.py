@@ -104,7 +104,7 @@ def search(
     scores: Scores,
     budget: Budget,
     *,
-    per: str = "channel",
+    per: str | None = None,
     multiple: int | Mapping[str, int] = 1,
     floor: float = 0.05,
     whole: Collection[str] = (),
@@ -116,7 +116,7 @@ def search(
     Args:
         per: what a channel's score is divided by to make its worth: nothing (``channel``), or the ``params``, ``bytes`` or
             ``macs`` that its removal alone would save (the Lagrangian of that budget).  With ``latency`` channels go in the blocks
-            that the runtime takes them in, a block's score divided by the seconds it saves.
+            that the runtime takes them in, a block's score divided by the seconds it saves.  By default it is what :func:`usual` says.
         multiple: widths are rounded up to multiples of this, as far as the group is wide; a mapping gives one by kind of group.
         floor: the least share of a group's channels that stays; at least one does.
         whole: groups that are not cut, by kind or by name; ``*`` in a name stands for anything.
@@ -126,6 +126,7 @@ def search(
     Raises:
         ValueError: if an option is out of range, or no plan fits; the message has the smallest cost that can be reached.
     """
+    per = usual(scores, budget) if per is None else per
     if per not in PER:
         raise ValueError(f"search needs per in {PER}; got {per!r}")
     shape = Shape(multiple, floor, whole, aligned)
@@ -138,6 +139,15 @@ def search(
         return prune(structure, worth, prices[step - 1] if step else -np.inf, shape)
 
     return cheapest(family, len(prices), budget, table)
+
+
+def usual(scores: Scores, budget: Budget) -> str:
+    """What scores are divided by where nothing else is said: the cost that is limited, latency before all.  Where several others are, and
+    for scores that only rank, they stay as they are (``channel``)."""
+    limited = [k for k in budget.limits if k in PER] if isinstance(budget, AtMost) else []
+    if "latency" in limited:
+        return "latency"
+    return limited[0] if len(limited) == 1 and scores.unit != RELATIVE_UNIT else "channel"
 
 
 def _by_latency(choice: Choice, budget: Budget, table: Table | None) -> Plan:
