@@ -5,9 +5,9 @@
     python -m benchmarks.prices table --network ResNet-20                     # prints its tables of every price of channels
     python -m benchmarks.prices plot docs/prices.png
 
-Prices are of calibration examples, rises of validation examples.  Channels: ``before`` repair the readings of what goes are zero and no more
-changes; ``after`` repair all that reads it is refitted by least squares, each weight by itself.  Bits of weights, bits of
-activations, ranks: nothing else changes.  Needs the data and the weights of the recipes ``cifar10``, ``imagenette`` and ``sst2``
+Prices are of calibration examples, rises of validation examples.  Channels: ``before`` repair the readings of what goes are zero, and no
+more; ``after`` repair all that reads it is refitted by least squares, each weight by itself.  Bits of weights, bits of activations,
+ranks: nothing else changes.  Needs the data and the weights of the recipes ``cifar10``, ``imagenette`` and ``sst2``
 (``CURVEPRESS_DATA``, ``CURVEPRESS_CACHE``).
 """
 

@@ -24,7 +24,8 @@ from curvepress.implants import RankPrice
 from curvepress.plan import Plan
 from curvepress.quantization.allocation import SUM, allocate
 from curvepress.quantization.bitwidths import EXAMPLES, BitPrices, Price, bit_prices
-from curvepress.quantization.quantized import Bits, layout, observe, quantize, quantizers, switch, weight_scheme
+from curvepress.quantization.quantized import Bits, layout, observe, quantize, switch, weight_scheme
+from curvepress.quantization.quantized.modules import quantizers
 from curvepress.quantization.quantizer import Grid, Histogram, Scheme, fake_quantize, fit_grid
 from curvepress.repairing.refitting import implant_prices, moments
 from curvepress.scores import joint_rise
