@@ -27,7 +27,7 @@ from ..runs.settings import bit_choice, bit_ranges, branch_count, exchange, gent
 from ..scores import METHODS, SHARED
 from ..stages.findings import read_report
 from ..stages.pipeline import assist, costs
-from ..stages.planning import drawn_frontier, picked
+from ..stages.planning import drawn_frontier, picked, temperature_of
 from ..stages.quantizing import QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
 from ..stages.rounds import earlier_rounds, round_count, through
@@ -308,8 +308,9 @@ def frontier(
     shape, common = {"multiple": multiple, "floor": floor, "whole": whole or []}, {"seed": seed, "threads": threads}
     settings = {**bit_ranges(bits, activation_bits), **rank_choice(implants, None, None), **shape, "seed": seed}
     with with_scores(source, out, pairs_of(option, data), {"samples": samples, **common}) as (run, task):
-        run = kept(run, task, "weigh", {"examples": price_examples, **common}, again=True)
-        run = kept(run, task, "truncate", {"examples": price_examples, "temperature": 1.0, **common}, again=True) if implants else run
+        pricing = {"examples": price_examples, "temperature": temperature_of(run, "score"), **common}
+        for stage in ("weigh", *(["truncate"] if implants else [])):
+            run = kept(run, task, stage, pricing, again=True)
         with bars("frontier") as show:
             choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
         show_frontier(found["points"], found["original"], run.folder)

@@ -21,6 +21,7 @@ __all__ = [
     "METHODS",
     "RELATIVE_UNIT",
     "SHARED",
+    "WARMED",
     "Scores",
     "Task",
     "joint_rise",
@@ -99,3 +100,5 @@ _ALL = (
 METHODS: Mapping[str, Callable[[nn.Module, Structure, Task], Scores]] = {f.__name__: f for f in _ALL}
 SHARED = (hessian_trace.__name__, mask_curvature.__name__, diagonal.__name__)
 """Methods whose samples several processes can share out."""
+WARMED = (mask_curvature.__name__, reconstruction.__name__, second_order.__name__, diagonal.__name__)
+"""Methods whose scores are of a temperature of the output curvature."""

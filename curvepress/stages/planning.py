@@ -24,7 +24,7 @@ from ..report import picture
 from ..runs.artifacts import load_scores, load_structure, read_json
 from ..runs.desk import Desk
 from ..runs.folder import Run, command
-from ..scores import Scores
+from ..scores import WARMED, Scores
 from ..structure import Structure
 from ..surgery.cutting import applied
 from ..training.batchnorm import reestimate
@@ -101,6 +101,27 @@ def weighed_without(run: Run) -> tuple[str, ...]:
     return tuple(read_json(run.folder / "bit_prices.json", WEIGHED).get("skip", ()))
 
 
+def temperature_of(run: Run, stage: str) -> float:
+    """That of the output curvature behind the prices that a stage made; 1 where its method knows none."""
+    made = run.stages[stage].settings
+    return float(made.get("temperature", 1.0)) if made.get("method", WARMED[0]) in WARMED else 1.0
+
+
+def check_unit(run: Run, settings: Settings) -> None:
+    """See whether all prices that a plan adds up are of one temperature: those of 4 are about ten times those of 1.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    known = {stage: temperature_of(run, stage) for stage in ("score", "weigh", "truncate") if stage in run.stages}
+    for stage, kind in (("weigh", "bits"), ("truncate", "implants")):
+        if settings.get(kind) and known.get(stage, known["score"]) != known["score"]:
+            raise ValueError(
+                f"scores are of temperature {known['score']:g} and prices of {kind} of {known[stage]:g}, so that they cannot be added up; "
+                f"have all prices made at that of the scores, with {command(run, stage)}"
+            )
+
+
 def joint_family(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Family:
     """All candidates for the budgets in the settings.
 
@@ -171,6 +192,7 @@ def measured_without_training(desk: Desk, plan: Plan, seed: int) -> dict[str, fl
 def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool) -> tuple[list[Choice], dict[str, Any]]:
     """The frontier of a run by bytes, and the same as data, which is written to ``frontier.json`` and drawn in ``frontier.svg``."""
     structure = load_structure(desk.path("structure.json"))
+    check_unit(desk.run, settings)
     choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
     points = list(frontier_points(desk, choices, measure=measure, seed=settings["seed"]))
     data: dict[str, Any] = {"original": cost(Plan(structure)).known(), "points": points}
