@@ -196,6 +196,17 @@ def loss(y: Tensor, t: Tensor) -> Tensor:
     return nn.functional.cross_entropy(y, t)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_truncation_is_its_own_repair_so_that_its_price_is_one_after_repair(rank: int) -> None:
+    """Least squares for ``up``, given what ``down`` makes of the data, finds the ``up`` that is there, for any curvature of the outputs."""
+    generator = torch.Generator().manual_seed(rank)
+    weight, x, slopes = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((7, 9), (60, 9), (40, 7)))
+    gram = x.T @ x
+    up, down = Truncation(weight, gram, slopes.T @ slopes).factors(rank)
+    refitted = torch.linalg.solve(down @ gram @ down.T, down @ gram @ weight.T).T
+    torch.testing.assert_close(refitted, up, rtol=1e-4, atol=1e-5)  # up to damping
+
+
 def test_moments_are_those_of_a_dense_computation() -> None:
     model, batches = task()
     found = moments(model, batches, ["0.weight", "3.weight"], loss=loss)
