@@ -1,7 +1,8 @@
 """Bits, activations and ranks for :mod:`benchmarks.prices`: prices of each decision, and the rises of the loss by it.
 
 All but the decision stays in float and as it is.  ``relative error`` is the baseline without curvature: the squared error of a weight over
-its squared norm.  Implants have the values that ``fit_implants`` gives them; ``after`` has batch statistics read again.
+its squared norm.  Implants have the values that ``fit_implants`` gives them, and prices of other examples; ``after`` has batch statistics
+read again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.prices_networks import BATCHES, WARM, Setting, digits, once, row
 from curvepress.bitplan import READ
 from curvepress.curvature import Stop
 from curvepress.implants import RankPrice
+from curvepress.objective import Batch
 from curvepress.plan import Plan
 from curvepress.quantization.allocation import SUM, allocate
 from curvepress.quantization.bitwidths import EXAMPLES, BitPrices, Price, bit_prices
@@ -79,9 +81,9 @@ def singles(setting: Setting, kind: str, prices: Levels, rise: Callable[[Choice]
         yield once(setting, key, lambda n=name, k=level: {"before": rise({n: k})})
 
 
-def joint(setting: Setting, model: nn.Module, moves: Mapping[str, Tensor]) -> dict[str, float]:
+def joint(setting: Setting, model: nn.Module, moves: Mapping[str, Tensor], batches: list[Batch]) -> dict[str, float]:
     """What the whole displacement of weights is predicted to cost."""
-    found = joint_rise(model, setting.loss, setting.calibration[: BATCHES // 2], Plan(setting.structure), moves=moves)
+    found = joint_rise(model, setting.loss, batches[: BATCHES // 2], Plan(setting.structure), moves=moves)
     return {"joint": found[0], "joint_stderr": found[1]}
 
 
@@ -145,7 +147,7 @@ class Rounded:
         chosen = allocate(BitPrices(layout(self.module), prices, {}), average=average).bits
         choice = {n: b for n, b in chosen.weights.items() if b is not None}
         moves = {n: self.error(n, b) for n, b in choice.items()}
-        return {"choice": choice, "before": self.rise(choice), **joint(self.setting, self.module, moves)}
+        return {"choice": choice, "before": self.rise(choice), **joint(self.setting, self.module, moves, self.setting.calibration)}
 
     def activations(self, bits: int) -> records.Record:
         """All that products read has so many bits, and what only sums read those of sums."""
@@ -193,7 +195,7 @@ class Ranks:
 
     def _priced(self, **how: Any) -> Levels:
         s = self.setting
-        found = implant_prices(s.model, s.loss, s.calibration, s.structure, stop=Stop(samples=BATCHES), **how)
+        found = implant_prices(s.model, s.loss, s.calibration, s.structure, held_out=s.others, stop=Stop(samples=BATCHES), **how)
         return {n: {r: p.rise for r, p in own.items()} for n, own in found.items()}
 
     @cached_property
@@ -228,7 +230,7 @@ class Ranks:
         moves = {n: self.residual(n, r) for n, r in choice.items()}
         model = self.moved(moves)
         rises = {"before": s.rise(model), "after": s.rise(reestimate(model, s.calibration, examples=1024))}
-        return {"choice": choice, **rises, **joint(s, s.model, moves)}
+        return {"choice": choice, **rises, **joint(s, s.model, moves, s.others)}
 
     def work(self) -> Iterator[Any]:
         """Everything, plans before single decisions."""

@@ -58,7 +58,8 @@ class Setting:
         of, size = self.network.recipe, self.network.batch
         self.loss, self.model, self.example = of.loss, of.model(**self.network.options), of.example()
         self.structure: Structure = trace(self.model, self.example)
-        self.calibration = list(islice(of.batches("calibration", batch_size=size), BATCHES))
+        given = iter(of.batches("calibration", batch_size=size))
+        self.calibration, self.others = list(islice(given, BATCHES)), list(islice(given, BATCHES))
         seen = islice(of.batches("validation", batch_size=size), None, None, self.network.every)
         self.validation = list(islice(seen, self.network.examples // size))
         self.base = self.mean_loss(self.model)

@@ -248,6 +248,22 @@ def test_prices_are_half_the_curvature_along_what_is_left() -> None:
     assert traced["3.weight"][2].rise > 0
 
 
+def test_ranks_above_the_number_of_examples_are_free_on_these_and_not_on_others() -> None:
+    model, batches = task()
+    few, others = [(x[:1], y[:1]) for x, y in batches[:2]], [(x[1:], y[1:]) for x, y in batches[:2]]
+    structure = trace(model, batches[0][0])
+    own, held_out = (
+        implant_prices(model, loss, few, structure, held_out=h, wanted={"3.weight": (2,)}, estimator="exact", weighted=False, temperature=t)
+        for h, t in ((None, 4.0), (others, 1.0))
+    )
+    assert own["3.weight"][2].rise == pytest.approx(0, abs=1e-9)
+    x = torch.cat([b[0] for b in others])
+    inner, p = model[:3](x), model(x).softmax(1).detach()
+    change = inner @ Truncation(model[3].weight, moments(model, few, ["3.weight"])["3.weight"].gram).residual(2).T
+    wanted = 0.5 * ((p * change.square()).sum(1) - (p * change).sum(1).square()).mean()
+    assert held_out["3.weight"][2].rise == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
 def test_a_model_with_implants_is_restored_exported_and_quantized(tmp_path: Path) -> None:
     made = make("resnet")
     model, x = made.model.float(), made.example[0].float()

@@ -177,6 +177,7 @@ def implant_prices(
     batches: Batches,
     structure: Structure,
     *,
+    held_out: Batches | None = None,
     wanted: Mapping[str, Sequence[int]] | None = None,
     price: str = "direction",
     weighted: bool = True,
@@ -190,7 +191,9 @@ def implant_prices(
     (``trace``, as in HAP, HAWQ-V2).
 
     Args:
-        batches: gone through twice, for the fit and for the curvature.
+        batches: for the fit, and for the curvature too if nothing is held out.
+        held_out: other examples for the curvature; to those that it was fitted to an implant does less harm than to others, and none at all
+            where they are fewer than its rank.
         wanted: the ranks of each weight; by default up to twelve that save parameters, for every weight that can have an implant.
         weighted: truncations are weighted by the curvature along outputs.
         temperature: of the output curvature behind the price.
@@ -214,7 +217,7 @@ def implant_prices(
         whole = curvature.layer(name)
         along = {f"{name} {r}": curvature.Direction(whole.parts, 1, {name: d}) for r, d in by_rank.items()}
         measures |= {name: whole} if price == "trace" else along
-    found = curvature.estimate(model, loss, batches, measures, temperature=temperature, **how)
+    found = curvature.estimate(model, loss, batches , measures, temperature=temperature, **how)
     if found.samples < 2:
         raise ValueError(f"prices need at least 2 calibration batches for their error bars, got {found.samples}; give more or smaller ones")
 
