@@ -217,7 +217,7 @@ def implant_prices(
         whole = curvature.layer(name)
         along = {f"{name} {r}": curvature.Direction(whole.parts, 1, {name: d}) for r, d in by_rank.items()}
         measures |= {name: whole} if price == "trace" else along
-    found = curvature.estimate(model, loss, batches , measures, temperature=temperature, **how)
+    found = curvature.estimate(model, loss, batches if held_out is None else held_out, measures, temperature=temperature, **how)
     if found.samples < 2:
         raise ValueError(f"prices need at least 2 calibration batches for their error bars, got {found.samples}; give more or smaller ones")
 
