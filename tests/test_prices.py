@@ -19,7 +19,7 @@ from curvepress import curvature
 from curvepress.objective import Batch
 from curvepress.plan import Plan
 from curvepress.scores import joint_rise, part_of, score
-from curvepress.scores.elimination import Reader, elimination_order, elimination_prices
+from curvepress.scores.elimination import Reader, damped, elimination_order, elimination_prices
 from curvepress.scores.grams import Gram, add_grams
 from curvepress.structure import Member
 from curvepress.surgery.masking import masked_output
@@ -106,6 +106,16 @@ def test_gram_matrices_are_those_of_the_inputs(name: str, layer: str, constant: 
     assert (gram.count, gram.examples, gram.constant) == (len(flat), len(x), constant)
     centred = flat - flat.mean(0)
     np.testing.assert_allclose(gram.second_moment(), (centred.T @ centred / len(x)).numpy(), atol=1e-10)
+
+
+def test_moments_of_inputs_far_from_zero_can_be_factored_with_fewer_examples_than_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(400, 3)), 50 + torch.randn(12, 400, generator=generator)
+    seen: dict[str, Gram] = {}
+    add_grams(model, (x, torch.zeros(12)), ["0.weight"], seen)
+    moment = seen["0.weight"].second_moment()
+    torch.testing.assert_close(moment, torch.cov(x.double().T, correction=0), rtol=1e-6, atol=1e-9)
+    torch.linalg.cholesky(damped(moment, 1e-4))
 
 
 def test_some_positions_stand_for_all() -> None:

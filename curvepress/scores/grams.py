@@ -94,7 +94,8 @@ class _Watching(TorchFunctionMode):
 
     def _add(self, name: str, rows: Tensor, weight: float) -> None:
         """``rows`` ``[positions, inputs]``, each of which stands for ``weight``."""
-        gram = (rows.T @ rows).double() * weight
+        wide = rows.double()  # in float32 rounding alone would leave moments about the mean that are not positive
+        gram = wide.T @ wide * weight
         now = Gram(gram, rows.sum(0, dtype=torch.float64) * weight, len(rows) * weight)
         self.found[name] = pooled([self.found[name], now]) if name in self.found else now
 
