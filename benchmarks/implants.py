@@ -10,8 +10,8 @@ share of the channels that would go, the most valuable of them, 1x1 filters inst
 a twentieth; this does not); here only where their order is free, that is inside the blocks and in the first stage.  Low-rank implants have
 the ranks with the lowest predicted rise within the budget, chosen once by prices along the residual; the three kinds differ in the values
 alone.  ``pruned, then low rank`` prunes half of the way, then gives the rest of the budget to ranks; ``planned together`` is the joint
-planner's choice of channels and ranks, as ``curvepress compress --implants --temperature 4`` makes it.  Needs the data of the recipe ``cifar10``
-(``CURVEPRESS_DATA``).
+planner's choice of channels and ranks, as ``curvepress compress --implants --temperature 4`` makes it.  Needs the data of the recipe
+``cifar10`` (``CURVEPRESS_DATA``).
 """
 
 from __future__ import annotations
