@@ -10,8 +10,8 @@ share of the channels that would go, the most valuable of them, 1x1 filters inst
 a twentieth; this does not); here only where their order is free, that is inside the blocks and in the first stage.  Low-rank implants have
 the ranks with the lowest predicted rise within the budget, chosen once by prices along the residual; the three kinds differ in the values
 alone.  ``pruned, then low rank`` prunes half of the way, then gives the rest of the budget to ranks; ``planned together`` is the joint
-planner's choice of channels and ranks, as ``curvepress compress --implants`` makes it.  Needs the data of the recipe ``cifar10``
-(``CURVEPRESS_DATA``).
+planner's choice of channels and ranks, as ``curvepress compress --implants --temperature 4`` makes it.  Needs the data of the recipe
+``cifar10`` (``CURVEPRESS_DATA``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ KINDS = (
     "low rank, data",
     "low rank, data and curvature",
     "pruned, then low rank, data and curvature",
-    "planned together, data and curvature",
+    "planned together at one temperature, data and curvature",
 )
 TUNED = (
     "pruned",
@@ -65,7 +65,7 @@ TUNED = (
     "pruned, then low rank, data and curvature",
     *KINDS[-1:],
 )
-SAMPLES, EXAMPLES = 8, 1024
+SAMPLES, EXAMPLES, WARM = 8, 1024, 4.0
 
 
 @lru_cache(1)
@@ -73,7 +73,7 @@ def network() -> tuple[nn.Module, Structure, Scores]:
     """The trained model, its structure and its channels' scores."""
     model = recipe.model()
     structure = trace(model, recipe.example())
-    return model, structure, score(model, recipe.loss, calibration(), structure, method="reconstruction", temperature=4.0, samples=SAMPLES)
+    return model, structure, score(model, recipe.loss, calibration(), structure, method="reconstruction", temperature=WARM, samples=SAMPLES)
 
 
 def calibration() -> Batches:
@@ -81,11 +81,11 @@ def calibration() -> Batches:
     return recipe.batches("calibration")
 
 
-@lru_cache(1)
-def prices() -> dict[str, dict[int, RankPrice]]:
+@lru_cache
+def prices(temperature: float = 1.0) -> dict[str, dict[int, RankPrice]]:
     """What each rank of each weight is predicted to cost."""
     model, structure, _ = network()
-    return implant_prices(model, recipe.loss, calibration(), structure, stop=Stop(samples=SAMPLES // 2))
+    return implant_prices(model, recipe.loss, calibration(), structure, stop=Stop(samples=SAMPLES // 2), temperature=temperature)
 
 
 def measure(shares: Sequence[float], kinds: Sequence[str]) -> None:
@@ -110,8 +110,8 @@ def plan_of(share: float, kind: str) -> Plan:
         return _within(
             share, structure, lambda s: with_pointwise(search(structure, scores, at_most(params=s), per="channel"), scores, returned)
         )
-    if name == "planned together":
-        return search_jointly(structure, scores, None, NO_WIRING, at_most(params=share), ranks=prices()).plan
+    if name == "planned together at one temperature":
+        return search_jointly(structure, scores, None, NO_WIRING, at_most(params=share), ranks=prices(WARM)).plan
     if name == "low rank":
         return ranked(share, Plan(structure), prices())
     plan = search(structure, scores, at_most(params=(1 + share) / 2 if how else share), per="channel")

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from curvepress.objective import Batches
-from curvepress.plan import Plan, edits
+from curvepress.plan import Plan, lost
+from curvepress.scores.data import readers
 from curvepress.scores.elimination import damped
 from curvepress.scores.grams import Gram, add_grams
+from curvepress.structure import Site
 
 RIDGE = 1e-4
 
@@ -26,21 +28,29 @@ def grams(model: nn.Module, batches: Batches, count: int) -> dict[str, Gram]:
     return found
 
 
-def refitted(model: nn.Module, plan: Plan, moments: Mapping[str, Gram], *, zero: bool = False) -> nn.Module:
+def refitted(model: nn.Module, plan: Plan, moments: Mapping[str, Gram]) -> nn.Module:
     """The model, not yet cut, whose weights leave what the plan removes unread and make up for it with the other inputs.
 
-    With ``zero`` they do not make up for it.
+    Those without an entry in ``moments`` do not make up for it; where nothing reads a group, what makes it is zero.
     """
-    full, cut = deepcopy(model), edits(plan)
+    full = deepcopy(model)
     own = dict(full.named_parameters())
-    for name, weight in own.items():
-        stays = torch.as_tensor(cut.get((name, 1), ()))
-        if (name, 1) in cut and zero:
-            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
-            weight.data[:, gone] = 0
-        elif (name, 1) in cut and name in moments:
-            _refit(weight, own.get(name.removesuffix("weight") + "bias"), stays, moments[name])
+    for (name, dim), gone in _unread(plan, own).items():
+        if dim == 1 and name in moments:
+            stay = torch.ones(own[name].shape[1], dtype=torch.bool).index_fill_(0, gone, False).nonzero().flatten()
+            _refit(own[name], own.get(name.removesuffix("weight") + "bias"), stay, moments[name])
+        else:
+            own[name].data.index_fill_(dim, gone, 0)
     return full
+
+
+def _unread(plan: Plan, own: Mapping[str, torch.Tensor]) -> dict[Site, torch.Tensor]:
+    """What is lost of every dimension that reads a group."""
+    found: dict[Site, list[torch.Tensor]] = {}
+    for group in (g for g in plan.structure.groups if g.name in plan.keep):
+        for m in readers(group, own):
+            found.setdefault((m.tensor, m.dim), []).append(torch.as_tensor(m.rows[lost(plan, group)]).flatten())
+    return {site: torch.cat(rows) for site, rows in found.items()}
 
 
 @torch.no_grad()

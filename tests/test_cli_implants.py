@@ -97,3 +97,15 @@ def test_the_command_of_the_stage_gives_the_same_plan_and_rates_of_exchange_move
     said = typed("compress", first.parent / "task.py", *ASKED, "--exchange", "implants=1000000", "--again", "--out", folder)
     assert said.code == 0
     assert not cli.Desk(cli.open_run(folder), cli.load_recipe(str(first.parent / "task.py"))).plan().implants
+
+
+def test_prices_of_several_temperatures_are_not_added_up(first: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(first, tmp_path / "run"))
+    assert typed("score", folder, "--samples", 4, "--temperature", 4).code == 0
+    message = refused("plan", folder, "--params", "0.2", "--implants")
+    assert "scores are of temperature 4 and prices of implants of 1" in message and f"`curvepress frontier {folder} --implants`" in message
+    assert typed("frontier", folder, "--implants", "--count", 3, "--price-examples", 32).code == 0
+    assert {cli.open_run(folder).stages[s].settings["temperature"] for s in ("score", "weigh", "truncate")} == {4.0}
+    assert typed("plan", folder, "--params", "0.2", "--implants").code == 0
+    assert typed("score", folder, "--samples", 4, "--temperature", 4, "--method", "hessian_trace").code == 0  # which has none
+    assert "scores are of temperature 1 and prices of implants of 4" in refused("plan", folder, "--params", "0.2", "--implants")

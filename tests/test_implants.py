@@ -196,6 +196,17 @@ def loss(y: Tensor, t: Tensor) -> Tensor:
     return nn.functional.cross_entropy(y, t)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_truncation_is_its_own_repair_so_that_its_price_is_one_after_repair(rank: int) -> None:
+    """Least squares for ``up``, given what ``down`` makes of the data, finds the ``up`` that is there, for any curvature of the outputs."""
+    generator = torch.Generator().manual_seed(rank)
+    weight, x, slopes = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((7, 9), (60, 9), (40, 7)))
+    gram = x.T @ x
+    up, down = Truncation(weight, gram, slopes.T @ slopes).factors(rank)
+    refitted = torch.linalg.solve(down @ gram @ down.T, down @ gram @ weight.T).T
+    torch.testing.assert_close(refitted, up, rtol=1e-4, atol=1e-5)  # up to damping
+
+
 def test_moments_are_those_of_a_dense_computation() -> None:
     model, batches = task()
     found = moments(model, batches, ["0.weight", "3.weight"], loss=loss)
@@ -235,6 +246,22 @@ def test_prices_are_half_the_curvature_along_what_is_left() -> None:
     assert (found[2].params, found[2].macs) == (96 * 4 - 2 * 100, 96 * 4 - 2 * 100)
     traced = implant_prices(model, loss, batches, structure, wanted={"3.weight": (2,)}, price="trace", estimator="exact")
     assert traced["3.weight"][2].rise > 0
+
+
+def test_ranks_above_the_number_of_examples_are_free_on_these_and_not_on_others() -> None:
+    model, batches = task()
+    few, others = [(x[:1], y[:1]) for x, y in batches[:2]], [(x[1:], y[1:]) for x, y in batches[:2]]
+    structure = trace(model, batches[0][0])
+    own, held_out = (
+        implant_prices(model, loss, few, structure, held_out=h, wanted={"3.weight": (2,)}, estimator="exact", weighted=False, temperature=t)
+        for h, t in ((None, 4.0), (others, 1.0))
+    )
+    assert own["3.weight"][2].rise == pytest.approx(0, abs=1e-9)
+    x = torch.cat([b[0] for b in others])
+    inner, p = model[:3](x), model(x).softmax(1).detach()
+    change = inner @ Truncation(model[3].weight, moments(model, few, ["3.weight"])["3.weight"].gram).residual(2).T
+    wanted = 0.5 * ((p * change.square()).sum(1) - (p * change).sum(1).square()).mean()
+    assert held_out["3.weight"][2].rise == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
 def test_a_model_with_implants_is_restored_exported_and_quantized(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from curvepress import curvature
 from curvepress.objective import Batch
 from curvepress.plan import Plan
 from curvepress.scores import joint_rise, part_of, score
-from curvepress.scores.elimination import Reader, elimination_order, elimination_prices
+from curvepress.scores.elimination import Reader, damped, elimination_order, elimination_prices
 from curvepress.scores.grams import Gram, add_grams
 from curvepress.structure import Member
 from curvepress.surgery.masking import masked_output
@@ -114,6 +114,16 @@ def test_the_spread_about_a_large_mean_survives_single_precision() -> None:
     add_grams(nn.Sequential(nn.Linear(40, 3)), (x, None), ["0.weight"], found)
     centred = x.double() - x.double().mean(0)
     np.testing.assert_allclose(found["0.weight"].second_moment(), (centred.T @ centred / 8).numpy(), atol=1e-9)
+
+
+def test_moments_of_inputs_far_from_zero_can_be_factored_with_fewer_examples_than_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(400, 3)), 50 + torch.randn(12, 400, generator=generator)
+    seen: dict[str, Gram] = {}
+    add_grams(model, (x, torch.zeros(12)), ["0.weight"], seen)
+    moment = seen["0.weight"].second_moment()
+    torch.testing.assert_close(moment, torch.cov(x.double().T, correction=0), rtol=1e-6, atol=1e-9)
+    torch.linalg.cholesky(damped(moment, 1e-4))
 
 
 def test_some_positions_stand_for_all() -> None:

@@ -28,6 +28,7 @@ from ..scores import METHODS, SHARED
 from ..stages.findings import read_report
 from ..stages.frontiers import drawn_frontier, picked
 from ..stages.pipeline import assist, costs
+from ..stages.planning import temperature_of
 from ..stages.quantizing import CHOSEN, PRICED, QUANTIZED, check_choice, check_exports
 from ..stages.ranking import rank_choice
 from ..stages.rounds import earlier_rounds, round_count, through
@@ -313,8 +314,9 @@ def frontier(
     shape, common = {"multiple": multiple, "floor": floor, "whole": whole or []}, {"seed": seed, "threads": threads}
     settings = {**bit_ranges(bits, activation_bits), **rank_choice(implants, None, None), **shape, **common}
     with with_scores(source, out, pairs_of(option, data), {"samples": samples, **common}) as (run, task):
-        run = kept(run, task, "weigh", {"examples": price_examples, **common}, again=True)
-        run = kept(run, task, "truncate", {"examples": price_examples, "temperature": 1.0, **common}, again=True) if implants else run
+        pricing = {"examples": price_examples, "temperature": temperature_of(run, "score"), **common}
+        for stage in ("weigh", *(["truncate"] if implants else [])):
+            run = kept(run, task, stage, pricing, again=True)
         with bars("frontier") as show:
             choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
         show_frontier(found["points"], found["original"], run.folder)

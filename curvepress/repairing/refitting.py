@@ -177,6 +177,7 @@ def implant_prices(
     batches: Batches,
     structure: Structure,
     *,
+    held_out: Batches | None = None,
     wanted: Mapping[str, Sequence[int]] | None = None,
     price: str = "direction",
     weighted: bool = True,
@@ -185,14 +186,17 @@ def implant_prices(
 ) -> dict[str, dict[int, RankPrice]]:
     """What low-rank implants are predicted to cost and save: by weight and rank, all ranks of a weight from one decomposition.
 
-    The implant is the one :func:`fit_implants` would make, and its price half the curvature of the loss along what the truncation
-    leaves, ``d' G d / 2`` (``direction``), or its mean over all directions, ``tr(G) / n * |d|^2 / 2`` (``trace``, as in HAP, HAWQ-V2).
+    The implant is the one :func:`fit_implants` makes with this ``loss``, whatever the ``temperature``, and its price half the curvature of
+    the loss along what the truncation leaves, ``d' G d / 2`` (``direction``), or its mean over all directions, ``tr(G) / n * |d|^2 / 2``
+    (``trace``, as in HAP, HAWQ-V2).
 
     Args:
-        batches: gone through twice, for the fit and for the curvature.
+        batches: for the fit, and for the curvature too if nothing is held out.
+        held_out: other examples for the curvature; to those that it was fitted to an implant does less harm than to others, and none at all
+            where they are fewer than its rank.
         wanted: the ranks of each weight; by default up to twelve that save parameters, for every weight that can have an implant.
         weighted: truncations are weighted by the curvature along outputs.
-        temperature: of the output curvature, for both.
+        temperature: of the output curvature behind the price.
         how: ``estimator``, ``stop``, ``seed``, ... as :func:`~curvepress.curvature.estimate` takes them.
 
     Raises:
@@ -202,7 +206,7 @@ def implant_prices(
         raise ValueError(f"price {price!r} is unknown; choose one of {', '.join(PRICES)}")
     chosen = {n: ranks(structure.tensors[n].shape) for n in structure.tensors if _able(model, structure, n)} if wanted is None else wanted
     chosen = {n: r for n, r in chosen.items() if r}
-    known = moments(model, batches, list(chosen), loss=loss if weighted else None, temperature=temperature)
+    known = moments(model, batches, list(chosen), loss=loss if weighted else None)
     own = dict(model.named_parameters())
     left: dict[str, dict[int, Tensor]] = {}
     for name, wanted_ranks in chosen.items():
@@ -213,7 +217,7 @@ def implant_prices(
         whole = curvature.layer(name)
         along = {f"{name} {r}": curvature.Direction(whole.parts, 1, {name: d}) for r, d in by_rank.items()}
         measures |= {name: whole} if price == "trace" else along
-    found = curvature.estimate(model, loss, batches, measures, temperature=temperature, **how)
+    found = curvature.estimate(model, loss, batches if held_out is None else held_out, measures, temperature=temperature, **how)
     if found.samples < 2:
         raise ValueError(f"prices need at least 2 calibration batches for their error bars, got {found.samples}; give more or smaller ones")
 

@@ -22,6 +22,7 @@ __all__ = [
     "RANKING",
     "RELATIVE_UNIT",
     "SHARED",
+    "WARMED",
     "Scores",
     "Task",
     "joint_rise",
@@ -102,3 +103,5 @@ SHARED = (hessian_trace.__name__, mask_curvature.__name__, diagonal.__name__)
 """Methods whose samples several processes can share out."""
 RANKING = (nvit.__name__, michel.__name__, magnitude.__name__, random.__name__)
 """Methods whose scores only rank channels, in no unit that anything else has."""
+WARMED = (mask_curvature.__name__, reconstruction.__name__, second_order.__name__, diagonal.__name__)
+"""Methods whose scores are of a temperature of the output curvature."""

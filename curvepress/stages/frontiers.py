@@ -24,7 +24,7 @@ from ..runs.artifacts import load_scores, load_structure
 from ..runs.desk import Desk
 from ..surgery.cutting import applied
 from ..training.batchnorm import reestimate
-from .planning import joint_family
+from .planning import check_unit, joint_family
 from .ranking import fitted
 
 Settings = Mapping[str, Any]
@@ -44,6 +44,7 @@ def drawn_frontier(desk: Desk, settings: Settings, *, count: int, measure: bool)
     original in ONNX Runtime, one example at a time.
     """
     structure = load_structure(desk.path("structure.json"))
+    check_unit(desk.run, settings)
     choices = frontier(joint_family(desk.run, structure, load_scores(desk.run.folder), settings), count)
     found = (
         measured(desk, choices, seed=settings["seed"], threads=settings["threads"])

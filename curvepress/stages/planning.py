@@ -22,7 +22,7 @@ from ..quantization.quantized import Bits
 from ..runs.artifacts import load_structure, read_json
 from ..runs.desk import Desk
 from ..runs.folder import Run, command
-from ..scores import Scores
+from ..scores import WARMED, Scores
 from ..structure import Structure
 from ..surgery.cutting import applied
 from ..training.batchnorm import reestimate
@@ -94,6 +94,27 @@ def _shortened(desk: Desk, structure: Structure, count: int) -> tuple[Removal, .
 def weighed_without(run: Run) -> tuple[str, ...]:
     """The branches without which the bits of a run were priced."""
     return tuple(read_json(run.folder / "bit_prices.json", WEIGHED).get("skip", ()))
+
+
+def temperature_of(run: Run, stage: str) -> float:
+    """That of the output curvature behind the prices that a stage made; 1 where its method knows none."""
+    made = run.stages[stage].settings
+    return float(made.get("temperature", 1.0)) if made.get("method", WARMED[0]) in WARMED else 1.0
+
+
+def check_unit(run: Run, settings: Settings) -> None:
+    """See whether all prices that a plan adds up are of one temperature: those of 4 are about ten times those of 1.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    known = {stage: temperature_of(run, stage) for stage in ("score", "weigh", "truncate") if stage in run.stages}
+    for stage, kind in (("weigh", "bits"), ("truncate", "implants")):
+        if settings.get(kind) and known.get(stage, known["score"]) != known["score"]:
+            raise ValueError(
+                f"scores are of temperature {known['score']:g} and prices of {kind} of {known[stage]:g}, so that they cannot be added up; "
+                f"have all prices made at that of the scores, with {command(run, stage)}"
+            )
 
 
 def joint_family(run: Run, structure: Structure, scores: Scores, settings: Settings) -> Family:

@@ -32,8 +32,9 @@ def truncated(desk: Desk, settings: Settings) -> None:
         ValueError: if no weight of the model can have one.
     """
     recipe, structure = desk.recipe, load_structure(desk.path("structure.json"))
+    batches, others = (recipe.batches("calibration", seed=settings["seed"] + n) for n in range(2))
     prices = implant_prices(
-        desk.original(), recipe.loss, recipe.batches("calibration", seed=settings["seed"]), structure,
+        desk.original(), recipe.loss, batches, structure, held_out=others,
         temperature=settings["temperature"], stop=Stop(examples=settings["examples"]), seed=settings["seed"],
         progress=lambda p: desk.progress("calibration batches", p.samples, p.wanted or p.samples),
     )  # fmt: skip

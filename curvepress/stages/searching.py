@@ -22,7 +22,7 @@ from ..runs.desk import Desk
 from ..runs.folder import Run
 from ..scores import LOSS_UNIT, Scores
 from ..structure import Structure
-from .planning import AUTO, joint_family, left_out, rewired, weighed_without
+from .planning import AUTO, check_unit, joint_family, left_out, rewired, weighed_without
 from .timetables import table_of, timed_plan
 
 Settings = Mapping[str, Any]
@@ -34,8 +34,9 @@ def planned(desk: Desk, settings: Settings) -> Plan:
     """The plan of a run under the budget of its settings; one of latency is kept when it is measured.
 
     Raises:
-        ValueError: if no plan fits, or the whole model does.
+        ValueError: if no plan fits, the whole model does, or prices are of several temperatures.
     """
+    check_unit(desk.run, settings)
     structure, scores = load_structure(desk.path("structure.json")), load_scores(desk.run.folder)
     skip = left_out(desk, structure, settings["branches"]) if not settings.get("bits") else weighed_without(desk.run)
     if settings.get("latency") is None:
