@@ -82,7 +82,7 @@ def _scored(model: nn.Module, structure: Structure, method: str, seed: int) -> S
     """The scores of channels, or none where Torch-Pruning has its own."""
     if method == PEER:
         return None
-    estimator = "gauss-newton" if method == "hessian_trace" else "auto"
+    estimator = "gauss_newton" if method == "hessian_trace" else "auto"
     batches = recipe.batches("calibration", seed=seed)
     how = {"method": method, "estimator": estimator, "temperature": TEMPERATURES.get(method, 1.0)}
     return score(model, recipe.loss, batches, structure, samples=SAMPLES, seed=seed, **how)
