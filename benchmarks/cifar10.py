@@ -57,7 +57,7 @@ HOW = {
 REPAIRED, DISTILLED, PER = ", repaired", ", distilled", " per parameter"
 """Layers refitted in closed form on calibration images before the fine-tune; the original as its teacher; worth by parameters saved."""
 PEER = "torch-pruning"
-EPOCHS, SHOWN = (0, 1, 3), (0, 1, 3, 10)
+EPOCHS = (0, 1, 3)
 SAMPLES, PROBES = 48, 2
 MULTIPLES = (1, 4, 8, 16)
 
@@ -171,25 +171,25 @@ def table() -> None:
     rows = records.read(FILE)
     speeds = {r["model"]: r for r in records.read(HERE / "cifar10_latency.jsonl")}
     for depth in sorted({r["depth"] for r in rows}):
+        own = [r for r in rows if r["depth"] == depth and "share" in r]
         whole = next(r for r in rows if r["depth"] == depth and r["method"] == "original")
         sizes = f"{whole['params']:,} parameters, {whole['macs'] / 1e6:.1f} M multiply-accumulates"
         print(f"\nResNet-{depth}: {whole['accuracy']:.2f} %, {sizes}\n")
-        print("| parameters | score | seeds | after pruning | 1 epoch | 3 epochs | 10 epochs | MACs | latency, batch 1 | batch 64 |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        keys = sorted(
-            {(r["share"], r["method"]) for r in rows if r["depth"] == depth and "share" in r}, key=lambda k: (-k[0], _order(k[1]))
-        )
-        for share, method in keys:
-            print(_line([r for r in rows if (r["depth"], r.get("share"), r["method"]) == (depth, share, method)], whole, speeds))
+        epochs = sorted({r["epochs"] for r in own})
+        heads = ["after pruning" if not e else "1 epoch" if e == 1 else f"{e} epochs" for e in epochs]
+        columns = ("parameters", "score", "seeds", *heads, "MACs", "latency, batch 1", "batch 64")
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for share, method in sorted({(r["share"], r["method"]) for r in own}, key=lambda k: (-k[0], _order(k[1]))):
+            print(_line([r for r in own if (r["share"], r["method"]) == (share, method)], epochs, whole, speeds))
 
 
 def _order(method: str) -> int:
     return (*METHODS, PEER).index(method)
 
 
-def _line(rows: list[records.Record], whole: records.Record, speeds: dict[str, records.Record]) -> str:
+def _line(rows: list[records.Record], epochs: list[int], whole: records.Record, speeds: dict[str, records.Record]) -> str:
     first, seeds = rows[0], sorted({r["seed"] for r in rows})
-    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in SHOWN]
+    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in epochs]
     raced = [speeds.get(f"resnet{first['depth']}-{first['method']}-{first['share']}-{s}") for s in seeds]
     times = [_spread([r[f"batch{b}"] for r in raced if r], "{:.2f}") for b in (1, 64)]
     macs = mean(r["macs"] for r in rows) / whole["macs"]
