@@ -15,7 +15,7 @@ from zoo import ZOO, Case, make
 
 from curvepress.costs import cost
 from curvepress.plan import Plan, after, from_json, kept, lost, to_json
-from curvepress.planner.channels import at_most, search
+from curvepress.planner.channels import at_most, search, worths
 from curvepress.planner.rounds import composed, remainder
 from curvepress.runs.artifacts import fill
 from curvepress.scores import Scores, predicted_rise
@@ -137,11 +137,14 @@ def test_law_9_search_fits_and_a_looser_budget_never_loses_more(case: Cut, per: 
     assert rises[0] == 0
 
 
-def test_law_9_search_drops_the_least_valuable(case: Cut) -> None:
+@pytest.mark.parametrize("per", ["channel", None])
+def test_law_9_search_drops_the_least_valuable(case: Cut, per: str | None) -> None:
+    """By the score itself, or by default for what it saves of the one cost that is limited."""
     scores = uniform(case.structure, 2)
-    plan = search(case.structure, scores, at_most(params=0.9), floor=0) if case.name != "odd" else Plan(case.structure)
-    gone = [v for g in case.structure.free for v in scores.values[g.name][lost(plan, g)] if len(kept(plan, g)) > 1]
-    stay = [v for g in case.structure.free for v in scores.values[g.name][kept(plan, g)]]
+    worth = worths(case.structure, scores, per or "params")
+    plan = search(case.structure, scores, at_most(params=0.9), per=per, floor=0) if case.name != "odd" else Plan(case.structure)
+    gone = [v for g in case.structure.free for v in worth[g.name][lost(plan, g)] if len(kept(plan, g)) > 1]
+    stay = [v for g in case.structure.free for v in worth[g.name][kept(plan, g)]]
     assert max(gone, default=0) < min(stay, default=1)
 
 

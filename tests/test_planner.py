@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,8 +11,8 @@ from zoo import make
 
 from curvepress.costs import Cost, cost
 from curvepress.plan import Plan, kept, lost
-from curvepress.planner.channels import at_most, search
-from curvepress.scores import Scores, predicted_rise
+from curvepress.planner.channels import at_most, search, usual
+from curvepress.scores import RELATIVE_UNIT, Scores, predicted_rise
 from curvepress.structure import Structure
 from curvepress.tracing.watching import trace
 
@@ -106,6 +107,18 @@ def test_worth_per_parameter_is_the_lagrangian_optimum_on_a_separable_model() ->
         stay = set(kept(plan, g).tolist())
         best = set(np.argsort(-scores.values[g.name], kind="stable")[: len(stay)].tolist())
         assert stay == best
+
+
+@pytest.mark.parametrize(
+    ("limits", "per"),
+    [({"params": 0.5}, "params"), ({"macs": 0.5}, "macs"), ({"params": 0.5, "macs": 0.5}, "channel"),
+     ({"params": 1.0, "latency": 0.5}, "latency")],
+)  # fmt: skip
+def test_scores_are_divided_by_what_is_limited_where_that_is_one_cost(limits: dict[str, float], per: str) -> None:
+    scores = scored(structure_of())
+    assert usual(scores, at_most(**limits)) == per
+    assert usual(replace(scores, unit=RELATIVE_UNIT), at_most(**limits)) == (per if per == "latency" else "channel")
+    assert usual(scores, lambda now, whole: True) == "channel"
 
 
 def test_the_rise_of_plans_adds_up_exactly() -> None:
