@@ -76,7 +76,7 @@ def test_what_implants_cannot_be_planned_with_is_refused(first: Path, tmp_path: 
     task, out = first.parent / "task.py", ("--out", tmp_path / "run")
     assert "limit --macs instead" in refused("compress", task, "--latency", "50%", "--implants", *out)
     assert "--per params is for channels alone" in refused("compress", task, *ASKED, "--per", "params", *out)
-    assert "only rank channels and cannot be weighed against bits or ranks" in refused(
+    assert "--method magnitude only ranks channels, and --implants weighs them" in refused(
         "compress", task, *ASKED, "--method", "magnitude", *out
     )
     assert "--exchange needs --bits or --implants" in refused("compress", task, "--params", "0.5", "--exchange", "channels=0.1", *out)
