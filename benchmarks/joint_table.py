@@ -57,7 +57,7 @@ def _planner(rows: list[records.Record]) -> Iterator[str]:
 
 
 def _gaps(own: list[records.Record]) -> list[str]:
-    gaps = [r["rise"] / r["bound"] - 1 for r in own if r.get("bound")]
+    gaps = [max(r["rise"] / r["bound"] - 1, 0.0) for r in own if r.get("bound")]
     if not gaps:
         return ["–"] * 3
     return [f"{np.median(gaps):.1%}", f"{max(gaps):.1%}", f"{np.median([r['exact_cpu_seconds'] for r in own]):.1f}"]
