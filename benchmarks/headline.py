@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def table() -> None:
     """Print the table in Markdown: of the command, and of the two that were needed before there was one."""
-    rows = records.read(FILE)
+    rows = [r for r in records.read(FILE) if r.get("command") != COMMANDS["macs"]]
     print("| | accuracy | bytes on disk | latency, batch 1 (quartiles) | batch 64 | processor minutes |\n|---|---|---|---|---|---|")
     print(f"| original, float | {rows[0]['accuracy']['original']:.2f} | {rows[0]['bytes']['original']:,} | 1 | 1 | |")
     for r in rows:
@@ -85,9 +85,15 @@ def table() -> None:
         ratio = r["bytes"]["original"] / r["bytes"]["small"]
         times = f"{middle:.2f} ({low:.2f} to {high:.2f}) | {r['latency']['batch 64'][1]:.2f} | {_spent(r) / 60:.0f}"
         print(f"| {_named(r)} | {r['accuracy']['small']:.2f} | {r['bytes']['small']:,} (÷ {ratio:.1f}) | {times} |")
-    for r in (r for r in rows if r.get("command") in COMMANDS.values()):
+    for r in (r for r in rows if r.get("command") == COMMAND):
         print(f"\nOn the clock, beside other work: {sum(s['wall'] for s in r['seconds'].values()) / 60:.0f} minutes.")
         print("Accuracy on the validation split: " + ", ".join(f"{k} {v['accuracy']:.2f}" for k, v in r["validation"].items()))
+
+    for r in (r for r in records.read(FILE) if r.get("command") == COMMANDS["macs"]):
+        macs, params = (r["cost"]["compressed"][k] / r["cost"]["original"][k] for k in ("macs", "params"))
+        times = ", ".join(f"{r['latency'][b][1]:.2f} at {b}" for b in ("batch 1", "batch 64"))
+        print(f"\n{macs:.3f} of the multiply-accumulates, {params:.3f} of the parameters, float: {r['accuracy']['small']:.2f} %,")
+        print(f"latency {times}; {_spent(r) / 60:.0f} processor minutes.")
 
 
 def _named(record: records.Record) -> str:
@@ -95,9 +101,6 @@ def _named(record: records.Record) -> str:
         return "small, integers; two commands, 8 epochs and 1 quantized"
     if record["command"] == COMMAND:
         return "small, integers; the command above"
-    if record["command"] == COMMANDS["macs"]:
-        kept = {k: record["cost"]["compressed"][k] / record["cost"]["original"][k] for k in ("macs", "params")}
-        return f"small, float, {kept['macs']:.3f} of the MACs, {kept['params']:.3f} of the parameters"
     given = shlex.split(record["command"])
     return "small, integers; " + ", ".join(f"{given[given.index(f'--{k}') + 1]} {k}" for k in ("branches", "epochs", "qat-epochs"))
 
