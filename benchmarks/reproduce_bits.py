@@ -21,7 +21,8 @@ from curvepress.training.fitting import fit
 from curvepress_recipes import digits
 
 Key = Mapping[str, Any]
-WAYS = ("HAWQ-V2", "HAWQ-V2, reversed", "uniform", "curvepress, direction")
+WARM = "curvepress, direction, temperature 4"
+WAYS = ("HAWQ-V2", "HAWQ-V2, reversed", "uniform", "curvepress, direction", WARM)
 UNIFORM = {8.0: 4, 10.67: 3}
 """Size ratios at which there are uniform bits, 32 / ratio."""
 RATIOS = (8.0, 10.67, 12.0)
@@ -44,11 +45,12 @@ def cells() -> Iterator[tuple[int, dict[str, Any], Any]]:
 
 
 @cache
-def prices(network: str, price: str) -> BitPrices:
+def prices(network: str, price: str, temperature: float = 1.0) -> BitPrices:
     """Prices from training images: HAWQ-V2's mean traces without the noise of random vectors, or curvature along the error."""
     of = NETS[network]
     count = EXAMPLES if network != "EfficientNet-Lite0" else 128
-    return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), price=price, stop=Stop(examples=count))
+    how = {"price": price, "temperature": temperature, "stop": Stop(examples=count)}
+    return bit_prices(of.model(), of.recipe.loss, of.calibration(0), of.recipe.example(), **how)
 
 
 @cache
@@ -62,7 +64,8 @@ def choice(network: str, ratio: float, way: str) -> Allocation:
         return hawq_v2.chosen(found, settings)
     published = choice(network, ratio, "HAWQ-V2")
     limit = sum(4 * w.size for w in found.layout.weights) / ratio
-    return allocate(prices(network, "direction"), bytes=limit, bops=published.bops, activations=settings["activation_bits"])
+    own = prices(network, "direction", 4.0 if way == WARM else 1.0)
+    return allocate(own, bytes=limit, bops=published.bops, activations=settings["activation_bits"])
 
 
 def measured(key: Key) -> records.Record:
