@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -189,15 +190,16 @@ def _order(method: str) -> int:
 
 def _line(rows: list[records.Record], epochs: list[int], whole: records.Record, speeds: dict[str, records.Record]) -> str:
     first, seeds = rows[0], sorted({r["seed"] for r in rows})
-    accuracies = [_spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in epochs]
+    accuracies = [spread([r["accuracy"] for r in rows if r["epochs"] == e]) for e in epochs]
     raced = [speeds.get(f"resnet{first['depth']}-{first['method']}-{first['share']}-{s}") for s in seeds]
-    times = [_spread([r[f"batch{b}"] for r in raced if r], "{:.2f}") for b in (1, 64)]
+    times = [spread([r[f"batch{b}"] for r in raced if r], "{:.2f}") for b in (1, 64)]
     macs = mean(r["macs"] for r in rows) / whole["macs"]
     params = mean(r["params"] for r in rows) / whole["params"]
     return " | ".join(["", f"{params:.1%}", first["method"], str(len(seeds)), *accuracies, f"{macs:.2f}", *times, ""]).strip()
 
 
-def _spread(values: list[float], form: str = "{:.2f}") -> str:
+def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """The mean, and half the spread where there are several."""
     if not values:
         return "–"
     half = (max(values) - min(values)) / 2

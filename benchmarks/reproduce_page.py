@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks import records, reproduce, reproduce_plots
+from benchmarks.cifar10 import spread
 from benchmarks.reproduce_channels import AGREED, LEFT, NETS, SHOWN, TRACES, borrowed, passes
 from benchmarks.reproduce_pipelines import VIT
 from benchmarks.reproduce_verdict import verdict
@@ -27,14 +27,6 @@ DOTS = "–"
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join(["| " + " | ".join(r) + " |" for r in (heads, ["---"] * len(heads), *lines)])
-
-
-def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """The mean, and half the spread where there are several."""
-    if not values:
-        return DOTS
-    half = (max(values) - min(values)) / 2
-    return form.format(mean(values)) + (f" ± {form.format(half)}" if len(values) > 1 else "")
 
 
 def channels(rows: Rows) -> str:

@@ -6,19 +6,22 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 from test_cli import TINY, in_no_time, typed
+from torch import nn
 
 from curvepress.costs import cost
+from curvepress.objective import Batches
 from curvepress.plan import Plan, from_json
 from curvepress.planner.wiring import bits_of_plan
 from curvepress.quantization.allocation import allocation
 from curvepress.quantization.bitwidths import prices_from_dict
 from curvepress.quantization.quantized import bits_from_json
 from curvepress.runs.folder import FLOWS, QUANTIZATION
-from curvepress.stages import pipeline
+from curvepress.stages import frontiers, pipeline
 from curvepress.stages import quantizing as quantization
 
 PRICED = ("--price-examples", 64, "--samples", 3)
@@ -126,6 +129,22 @@ def test_a_point_of_the_frontier_becomes_the_plan(run: Path, tmp_path: Path) -> 
     assert said.out.count("x │") == len(points) and f"{points[0]['latency']['median']:.2f}x" in (copy / "frontier.svg").read_text()
     said = typed("frontier", copy, "--count", 4, "--price-examples", 64, "--pick", 99)
     assert said.code == 1 and "--pick 99: the points of this frontier are 1 to" in said.err
+
+
+def test_a_point_that_cannot_be_exported_keeps_its_metrics(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, export = Path(shutil.copytree(run, tmp_path / "run")), frontiers.to_integer_onnx
+    shutil.copy(TINY, tmp_path / "task.py")
+
+    def unable(module: nn.Module, batches: Batches, path: Path, **how: Any) -> Any:
+        if path.name == "2.onnx":
+            raise ValueError("no such operator")
+        return export(module, batches, path, **how)
+
+    monkeypatch.setattr(frontiers, "to_integer_onnx", unable)
+    said = typed("frontier", copy, "--count", 4, "--price-examples", 64, "--measure")
+    points = json.loads((copy / "frontier.json").read_text())["points"]
+    assert said.code == 0 and "point 2 has no latency: no such operator" in said.err + said.out
+    assert [p["latency"] is None for p in points] == [p["number"] == 2 for p in points] and all(p["measured"] for p in points)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from ..stages.sessions import (
     continued,
     done,
     kept,
+    noted,
     pairs_of,
     quantized_as_planned,
     source_of,
@@ -318,7 +320,7 @@ def frontier(
         for stage in ("weigh", *(["truncate"] if implants else [])):
             run = kept(run, task, stage, pricing, again=True)
         with bars("frontier") as show:
-            choices, found = drawn_frontier(Desk(run, task, show), settings, count=count, measure=measure)
+            choices, found = drawn_frontier(Desk(run, task, show, partial(noted, "frontier")), settings, count=count, measure=measure)
         show_frontier(found["points"], found["original"], run.folder)
         if pick is not None:
             write_text(run.folder / PLAN, to_json(picked(choices, pick)))

@@ -158,44 +158,14 @@ def _alone(problem: Problem, tensor: int, state: State) -> tuple[np.ndarray, np.
 
 
 def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float], seconds: float) -> Exact:
-    own = list(dict.fromkeys(v for b in blocks for v in b.variables))
-    first, count = {}, 0
-    for v in own:
-        first[v], count = count, count + max(_choices(problem, v)) + 1
-    whole = count
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
-    sums: list[float] = []
-
-    def row(at: list[int], terms: list[float], total: float) -> None:
-        rows.extend([len(sums)] * len(at))
-        columns.extend(at)
-        values.extend(terms)
-        sums.append(total)
-
-    for v in own:
-        at = [first[v] + c for c in _choices(problem, v)]
-        row(at, [1.0] * len(at), 1.0)
-    starts = []
-    for b in blocks:
-        starts.append(count)
-        for place, v in enumerate(b.variables):
-            for c in _choices(problem, v):
-                taken = (np.flatnonzero(b.combinations[:, place] == c) + count).tolist()
-                row([*taken, first[v] + c], [*[1.0] * len(taken), -1.0], 0.0)
-        count += len(b.combinations)
-    equal = LinearConstraint(coo_matrix((values, (rows, columns)), shape=(len(sums), count)).tocsr(), sums, sums)
+    variables = list(dict.fromkeys(v for b in blocks for v in b.variables))
+    starts = np.cumsum([0, *(max(_choices(problem, v)) + 1 for v in variables), *(len(b.combinations) for b in blocks)]).tolist()
+    first, whole = dict(zip(variables, starts, strict=False)), starts[len(variables)]
     rises = np.concatenate([np.zeros(whole), *(b.rise for b in blocks)])
-    base = problem.costs(problem.full())
-    bounds = []
-    for name, limit in limits.items():
-        n = COSTS.index(name)
-        terms = np.concatenate([np.zeros(whole), *(b.costs[:, n] for b in blocks)])
-        bounds.append(LinearConstraint(terms[None, :] / max(base[n], 1), -np.inf, (limit - base[n]) / max(base[n], 1)))
     scale = max(np.abs(rises).max(), 1e-300)
     found = solved(
-        rises / scale, integrality=np.arange(count) < whole, bounds=Bounds(0, 1), constraints=[equal, *bounds],
+        rises / scale, integrality=np.arange(len(rises)) < whole, bounds=Bounds(0, 1),
+        constraints=[_consistent(problem, blocks, first, starts[len(variables) :]), *_within(problem, blocks, limits, whole)],
         options={"time_limit": seconds, "mip_rel_gap": 1e-6},
     )  # fmt: skip
     if found.x is None:
@@ -208,3 +178,29 @@ def _solved(problem: Problem, blocks: list[_Block], limits: Mapping[str, float],
         (state.rungs if kind == "ladder" else state.weights)[n] = chosen[0]
     constant = problem.rises(problem.full())[:-1].sum()
     return Exact(state, float(problem.rises(state)[:-1].sum()), float(found.mip_dual_bound * scale + constant))
+
+
+def _consistent(problem: Problem, blocks: list[_Block], first: Mapping[tuple[str, int], int], starts: list[int]) -> LinearConstraint:
+    """Every variable has one of its choices, and every tensor the combination of those of its variables."""
+    rows: list[tuple[list[int], list[float], float]] = []
+    for v, start in first.items():
+        at = [start + c for c in _choices(problem, v)]
+        rows.append((at, [1.0] * len(at), 1.0))
+    for b, start in zip(blocks, starts, strict=False):
+        for place, v in enumerate(b.variables):
+            for c in _choices(problem, v):
+                taken = (np.flatnonzero(b.combinations[:, place] == c) + start).tolist()
+                rows.append(([*taken, first[v] + c], [*[1.0] * len(taken), -1.0], 0.0))
+    index = np.repeat(np.arange(len(rows)), [len(at) for at, _, _ in rows])
+    columns, values = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
+    sums = [total for _, _, total in rows]
+    return LinearConstraint(coo_matrix((values, (index, columns)), shape=(len(rows), starts[-1])).tocsr(), sums, sums)
+
+
+def _within(problem: Problem, blocks: list[_Block], limits: Mapping[str, float], whole: int) -> Iterator[LinearConstraint]:
+    """The costs within their limits, as shares of those of the whole model."""
+    base = problem.costs(problem.full())
+    for name, limit in limits.items():
+        n = COSTS.index(name)
+        terms, unit = np.concatenate([np.zeros(whole), *(b.costs[:, n] for b in blocks)]), max(base[n], 1)
+        yield LinearConstraint(terms[None, :] / unit, -np.inf, (limit - base[n]) / unit)

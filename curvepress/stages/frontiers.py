@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,16 +67,22 @@ def _predicted(number: int, choice: Choice) -> dict[str, Any]:
 
 
 def measured(desk: Desk, choices: list[Choice], *, seed: int, threads: int) -> list[dict[str, Any]]:
-    """For each choice its metrics on the validation split, and the quartiles of its latency over the original's."""
+    """For each choice its metrics on the validation split, and the quartiles of its latency over the original's; none where it cannot be
+    exported, of which a note tells the reason."""
     with TemporaryDirectory() as folder:
         paths, metrics = {ORIGINAL: Path(folder) / f"{ORIGINAL}.onnx"}, []
         to_onnx(desk.original(), desk.recipe.inputs(), paths[ORIGINAL])
         for n, choice in enumerate(choices, 1):
-            small, paths[str(n)] = untrained(desk, choice.plan, seed), Path(folder) / f"{n}.onnx"
+            small, path = untrained(desk, choice.plan, seed), Path(folder) / f"{n}.onnx"
             metrics.append(dict(desk.recipe.metrics(small, "validation")))
-            _exported(desk, small, choice.plan, paths[str(n)])
+            try:
+                _export(desk, small, choice.plan, path)
+                paths[str(n)] = path
+            except ValueError as error:
+                desk.note(f"point {n} has no latency: {error}")
             desk.progress("plans", n, len(choices))
-        return [{"measured": m, "latency": t} for m, t in zip(metrics, _latencies(desk, paths, threads), strict=True)]
+        times = _latencies(desk, paths, threads)
+        return [{"measured": m, "latency": times.get(str(n))} for n, m in enumerate(metrics, 1)]
 
 
 def untrained(desk: Desk, plan: Plan, seed: int) -> nn.Module:
@@ -90,7 +96,7 @@ def untrained(desk: Desk, plan: Plan, seed: int) -> nn.Module:
     return calibrate(module, recipe.batches("calibration", seed=seed + 1), examples=CALIBRATED).eval()
 
 
-def _exported(desk: Desk, small: nn.Module, plan: Plan, path: Path) -> None:
+def _export(desk: Desk, small: nn.Module, plan: Plan, path: Path) -> None:
     recipe = desk.recipe
     if plan.bits is None:
         to_onnx(small, recipe.inputs(), path)
@@ -98,11 +104,10 @@ def _exported(desk: Desk, small: nn.Module, plan: Plan, path: Path) -> None:
         to_integer_onnx(small, recipe.batches("validation"), path, examples=COMPARED, least_same=0.0)
 
 
-def _latencies(desk: Desk, paths: Mapping[str, Path], threads: int) -> Iterator[dict[str, float]]:
+def _latencies(desk: Desk, paths: Mapping[str, Path], threads: int) -> dict[str, dict[str, float]]:
     inputs = tree_map(Tensor.numpy, desk.recipe.inputs())
-    for t in compare_latency(paths, inputs, threads=threads, batches=(1,), seconds=SECONDS * len(paths)):
-        if t.name != ORIGINAL:
-            yield asdict(t.ratio)
+    timings = compare_latency(paths, inputs, threads=threads, batches=(1,), seconds=SECONDS * len(paths))
+    return {t.name: asdict(t.ratio) for t in timings}
 
 
 def picked(choices: list[Choice], number: int) -> Plan:

@@ -128,15 +128,15 @@ def show_costs(before: Cost, after: Cost) -> None:
 
 def show_frontier(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any], folder: Path) -> None:
     """A table of the points of a frontier, and where its files are."""
-    names = [k for k in ("bytes", "params", "macs", "bops") if k in original]
     metrics = list(points[0]["measured"] or {}) if points else []
     timed = ["latency"] if metrics else []
+    names = [k for k in ("bytes", *([] if timed else ["params"]), "macs", "bops") if k in original]
     columns = [*names, *timed, "predicted rise", *metrics]
     table = Table("", *(Column(k, justify="right", no_wrap=True) for k in columns))
     for p in points:
         shares = [f"{p['cost'][k] / original[k]:.1%}" if original[k] else "-" for k in names]
         found = [f"{(p['measured'] or {})[m]:.4g}" for m in metrics]
-        times = [f"{p['latency']['median']:.2f}x" for _ in timed]
+        times = [f"{p['latency']['median']:.2f}x" if p["latency"] else "-" for _ in timed]
         table.add_row(str(p["number"]), *shares, *times, _priced([p["predicted"]["rise"], p["predicted"]["stderr"]]), *found)
     console.print(table)
     if metrics:
