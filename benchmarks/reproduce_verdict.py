@@ -83,11 +83,11 @@ def contests(found: Mapping[str, Rows]) -> Iterator[Contest]:
 def verdict(found: Mapping[str, Rows], table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> str:
     """A sentence of counts, and every contest in a table, those in which our way is behind in bold."""
     rows = list(contests(found))
-    behind, close = [c for c in rows if c.lead < 0], sum(abs(c.lead) < CLOSE for c in rows)
+    behind, close, once = (sum(kind) for kind in zip(*((c.lead < 0, abs(c.lead) < CLOSE, c.seeds == 1) for c in rows), strict=True))
     said = (
         f"At {len(rows)} budgets there is curvepress's own way beside published systems or baselines, with the same recovery. "
-        f"It is level with the best of them or ahead at {len(rows) - len(behind)}, and behind at {len(behind)} (in bold). "
-        f"At {close} the difference is less than {CLOSE:g} points, most are of one seed, and the best of several others is a hard mark."
+        f"It is level with the best of them or ahead at {len(rows) - behind}, and behind at {behind} (in bold). "
+        f"At {close} the difference is less than {CLOSE:g} points, {once} are of one seed, and the best of several others is a hard mark."
     )
     lines = []
     for c in rows:
