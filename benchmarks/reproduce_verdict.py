@@ -83,7 +83,7 @@ def contests(found: Mapping[str, Rows]) -> Iterator[Contest]:
 def verdict(found: Mapping[str, Rows], table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> str:
     """A sentence of counts, and every contest in a table, those in which our way is behind in bold."""
     rows = list(contests(found))
-    behind, close, once = (sum(kind) for kind in zip(*((c.lead < 0, abs(c.lead) < CLOSE, c.seeds == 1) for c in rows), strict=True))
+    behind, close, once = sum(c.lead < 0 for c in rows), sum(abs(c.lead) < CLOSE for c in rows), sum(c.seeds == 1 for c in rows)
     said = (
         f"At {len(rows)} budgets there is curvepress's own way beside published systems or baselines, with the same recovery. "
         f"It is level with the best of them or ahead at {len(rows) - behind}, and behind at {behind} (in bold). "

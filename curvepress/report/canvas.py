@@ -67,10 +67,12 @@ def style() -> Iterator[None]:
         yield
 
 
-def axes(height: float, *, width: float = WIDTH, left: float = 56, bottom: float = 36, top: float = 8) -> tuple[Figure, Axes]:
-    """A figure of ``width`` and ``height`` points, with one set of axes that leave ``left``, ``bottom`` and ``top`` for labels."""
+def axes(
+    height: float, *, width: float = WIDTH, left: float = 56, bottom: float = 36, top: float = 8, right: float = 12
+) -> tuple[Figure, Axes]:
+    """A figure of ``width`` and ``height`` points, with one set of axes; ``left``, ``bottom``, ``top`` and ``right`` are for labels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=200)
-    return figure, figure.add_axes((left / width, bottom / height, (width - left - 12) / width, (height - top - bottom) / height))
+    return figure, figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
 
 
 def rows(names: Sequence[str], *, width: float = WIDTH, row: float = 13.5, bottom: float = 36) -> tuple[Figure, Axes]:

@@ -20,8 +20,9 @@ def picture(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) ->
     beside each point's number its latency over the original's."""
     share = np.array([p["cost"]["bytes"] / original["bytes"] for p in points])
     rise, error = (np.array([p["predicted"][k] for p in points]) for k in ("rise", "stderr"))
+    measured = [(x, p["measured"]) for x, p in zip(share, points, strict=True) if p["measured"]]
     with style():
-        figure, ax = axes(245)
+        figure, ax = axes(245, right=56 if measured else 12)
         fit(ax, "x", share)
         low, _ = fit(ax, "y", rise)
         ax.fill_between(share, np.maximum(rise - error, low), rise + error, color=KEPT, alpha=0.18, linewidth=0)
@@ -31,12 +32,11 @@ def picture(points: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) ->
             ax.annotate(f"{p['number']}{times}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda r, _: numerals.percent(r)))
         ax.set(xlabel="bytes left", ylabel="predicted rise of the loss")
-        if measured := [(x, p["measured"]) for x, p in zip(share, points, strict=True) if p["measured"]]:
+        if measured:
             name = next(iter(measured[0][1]))
             other = ax.twinx()
             other.plot([x for x, _ in measured], [m[name] for _, m in measured], "-o", color=LOST, markersize=4)
             other.set_ylabel(f"{name}, measured without training", color=LOST)
-            figure.subplots_adjust(right=0.88)
         buffer = io.BytesIO()
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
